@@ -1,0 +1,278 @@
+"""The only reader and writer of `OUT`, a Hugging Face folder whose linears are packed (`docs/format.md`).
+
+A folder is untrusted input: shard names are plain names of files inside the folder, safetensors only, hashes are
+compared with `manifest.json`, and every packed tensor is checked against the specification of its format before use.
+Plain dense Hugging Face folders are read too, as the baseline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compressor.formats import make_format
+from compressor.formats.low_rank import LOW_RANK_NAMES, low_rank_spec
+from compressor.output import OutputFolder
+from compressor.scheme import QUANT_METHOD, QuantizationConfig, Scheme
+
+MANIFEST = "manifest.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_JSON_BYTES = 64 * 2**20
+MAX_SHARD_BYTES = 2 * 2**30
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: truncated, altered, incomplete or of an unknown version."""
+
+
+def read_json(path: Path) -> Any:
+    """Parses a JSON file of at most 64 MiB; raises CheckpointError naming the file."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing. Give a model folder, for example one made by `compress`.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Records size and SHA-256 of every file of the folder in `manifest.json`."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != MANIFEST)
+    record = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
+    (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": record}, indent=1))
+
+
+class Checkpoint:
+    """An opened model folder: its configuration, the scheme of each module, and its tensors, read on demand."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], shards: dict[str, Path]) -> None:
+        self.folder = folder
+        self.config = config
+        self.shards = shards
+        record = config.get("quantization_config")
+        self.packed = isinstance(record, Mapping) and record.get("quant_method") == QUANT_METHOD
+        if record is not None and not self.packed:
+            method = record.get("quant_method") if isinstance(record, Mapping) else record
+            raise CheckpointError(f"{folder} is quantised by {method!r}; halfweight reads its own and dense folders")
+        self.quantization = QuantizationConfig.from_dict(record) if self.packed else QuantizationConfig({})
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = True) -> Checkpoint:
+        """Opens a folder; with `verify`, compares every file with the manifest first.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or altered, or the configuration is not understood.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder. Give a model folder, for example one made by `compress`.")
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{folder / 'config.json'} must hold an object")
+        try:
+            checkpoint = cls(folder, config, {})
+        except ValueError as error:
+            raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+        if verify and checkpoint.packed:
+            check_manifest(folder)
+        checkpoint.shards = _find_tensors(folder, inside_only=checkpoint.packed)
+        return checkpoint
+
+    def names(self) -> list[str]:
+        """Names of all stored tensors."""
+        return sorted(self.shards)
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """The scheme of a module, or None where its weight is stored plainly."""
+        return self.quantization.scheme_of(module)
+
+    def tensor(self, name: str) -> Tensor:
+        """One stored tensor; raises CheckpointError when it is not there."""
+        if name not in self.shards:
+            raise CheckpointError(f"{self.folder} has no tensor {name!r}: the checkpoint is incomplete")
+        with safe_open(self.shards[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def size_of(self, name: str) -> int:
+        """Bytes of a stored tensor."""
+        with safe_open(self.shards[name], "pt") as file:
+            part = file.get_slice(name)
+            return torch.Size(part.get_shape()).numel() * _DTYPE_BYTES[part.get_dtype()]
+
+    def module(self, name: str) -> dict[str, Tensor]:
+        """The stored tensors of one linear or embedding, checked against its format: {name in the format: tensor}.
+
+        `bias` and the low-rank tensors are included where stored. A module without a scheme gives its `weight`.
+        """
+        prefix = f"{name}."
+        scheme = self.scheme_of(name)
+        if scheme is None:
+            wanted = ["weight"]
+        else:
+            fmt = make_format(scheme)
+            stored = {n: self.tensor(prefix + n) for n in _format_names(scheme) if prefix + n in self.shards}
+            try:
+                fmt.validate(stored)
+                _validate_low_rank(scheme, fmt.shape_of(stored), self._optional(prefix, LOW_RANK_NAMES))
+            except ValueError as error:
+                raise CheckpointError(f"{self.folder}, {name}: {error}") from None
+            wanted = list(stored)
+        return {n: self.tensor(prefix + n) for n in wanted} | self._optional(prefix, (*LOW_RANK_NAMES, "bias"))
+
+    def linear(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors of several linears that read the same input, as one: rows concatenated (q/k/v, gate/up).
+
+        Raises:
+            CheckpointError: the modules differ in scheme, or in whether they have a bias.
+        """
+        parts = [self.module(name) for name in names]
+        if len({self.scheme_of(name) for name in names}) > 1 or len({tuple(sorted(part)) for part in parts}) > 1:
+            raise CheckpointError(f"{list(names)} differ in scheme or tensors and cannot be fused")
+        return {n: torch.cat([part[n] for part in parts]) if len(parts) > 1 else parts[0][n] for n in parts[0]}
+
+    def _optional(self, prefix: str, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self.tensor(prefix + name) for name in names if prefix + name in self.shards}
+
+
+_DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+
+
+def _format_names(scheme: Scheme) -> list[str]:
+    return list(make_format(Scheme(scheme.format, -1, scheme.dtype)).spec(8, 8))
+
+
+def _validate_low_rank(scheme: Scheme, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
+    expected = {} if scheme.low_rank is None else low_rank_spec(scheme.low_rank, *shape)
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if found != expected:
+        raise ValueError(f"low-rank branch: expected {expected}, found {found}")
+    if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors.values()):
+        raise ValueError("low-rank branch holds NaN or infinity")
+
+
+def check_manifest(folder: Path) -> None:
+    """Compares every file with `manifest.json`; raises CheckpointError naming the first that differs."""
+    record = read_json(folder / MANIFEST)
+    files = record.get("files") if isinstance(record, dict) else None
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{folder / MANIFEST} has no 'files'; the checkpoint is incomplete")
+    for name, entry in files.items():
+        path = _plain_file(folder, name)
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{path} has {size} bytes, expected {entry['bytes']}: it is truncated or altered")
+        if sha256_of(path) != entry["sha256"]:
+            raise CheckpointError(f"{path} does not match its SHA-256 in {MANIFEST}: it is altered. Copy it again.")
+
+
+def _plain_file(folder: Path, name: object) -> Path:
+    """`folder / name` when that is a regular file inside the folder; raises CheckpointError otherwise."""
+    if not isinstance(name, str) or not name or name != Path(name).name or name in (".", ".."):
+        raise CheckpointError(f"{folder} names a file {name!r}; only plain file names inside the folder are accepted")
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path} is missing, or is not a regular file: the checkpoint is incomplete")
+    return path
+
+
+def _find_tensors(folder: Path, *, inside_only: bool) -> dict[str, Path]:
+    """{tensor name: shard}. A hub cache holds links, so plain dense folders may link out; packed ones may not."""
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{folder / INDEX} has no 'weight_map'")
+        shards = sorted(set(map(str, weight_map.values())))
+    else:
+        weight_map, shards = None, [SINGLE]
+    found: dict[str, Path] = {}
+    for shard in shards:
+        path = _plain_file(folder, shard) if inside_only or shard != Path(shard).name else folder / shard
+        try:
+            with safe_open(path, "pt") as file:
+                found.update(dict.fromkeys(file.keys(), path))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing: the model folder has no safetensors weights") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is truncated or altered: {error}") from None
+    if weight_map is not None and set(weight_map) != set(found):
+        difference = sorted(set(weight_map) ^ set(found))[:5]
+        raise CheckpointError(f"{folder / INDEX} and the shards differ in {difference}: the checkpoint is incomplete")
+    return found
+
+
+class CheckpointWriter:
+    """Streams tensors into the shards of a staged output folder; at most one shard is held in memory.
+
+    Args:
+        output: the entered output folder.
+        max_shard_bytes: a shard is written when it would grow beyond this.
+    """
+
+    def __init__(self, output: OutputFolder, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.folder = output.open_stage()
+        self.total_bytes = 0
+        self._output = output
+        self._max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Adds one tensor."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self._max_shard_bytes:
+            self._write_shard()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += size
+        self.total_bytes += size
+
+    def _write_shard(self) -> None:
+        path = self.folder / f"shard-{len(self._shards)}"
+        save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(0o666 & ~_umask())
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def finish(self, config: Mapping[str, Any]) -> None:
+        """Writes the last shard, index, configuration and manifest, and puts the folder in place."""
+        self._write_shard()
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            shard = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            (self.folder / f"shard-{number}").rename(self.folder / shard)
+            weight_map |= dict.fromkeys(names, shard)
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=1))
+        (self.folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+        write_manifest(self.folder)
+        self._output.commit()
+
+
+def _umask() -> int:
+    import os
+
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,65 @@
+"""Stored form of the low-rank branch (SLoRB, AST section 3.4): `y += S @ (X @ x)`.
+
+X [I / k, I] sums each k consecutive inputs unless it was trained; S [O, I / k] is `low_rank_b`. The branch cannot be
+folded into a 2:4 weight, so it is stored and counted on its own: in int8 at k = 16 it adds 0.5 bits a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compressor.formats.format import Spec, Tensors, checked_floats
+from compressor.scheme import LowRank
+
+LOW_RANK_NAMES = ("low_rank_a", "low_rank_b", "low_rank_b_scale")
+
+
+def low_rank_spec(low_rank: LowRank, out_features: int, in_features: int) -> Spec:
+    """{name: (shape, dtype)} of the branch of a weight [O, I]; raises ValueError when k does not divide I."""
+    if in_features % low_rank.segment:
+        raise ValueError(f"in_features {in_features} is not a multiple of low_rank.segment {low_rank.segment}")
+    rank = in_features // low_rank.segment
+    quantized = low_rank.dtype == "int8"
+    spec: Spec = {"low_rank_b": ((out_features, rank), torch.int8 if quantized else torch.bfloat16)}
+    if quantized:
+        spec["low_rank_b_scale"] = ((out_features, 1), torch.bfloat16)
+    if low_rank.trained_projection:
+        spec["low_rank_a"] = ((rank, in_features), torch.bfloat16)
+    return spec
+
+
+def pack_low_rank(low_rank: LowRank, b: Tensor, a: Tensor | None = None) -> dict[str, Tensor]:
+    """Stored tensors of a branch with S = `b` [O, I / k] and, where it was trained, X = `a` [I / k, I]."""
+    tensors: dict[str, Tensor] = {}
+    if low_rank.dtype == "int8":
+        largest = b.float().abs().amax(1, keepdim=True)
+        scale = (largest / 127).clamp_min(torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
+        tensors["low_rank_b"] = (b.float() / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        tensors["low_rank_b_scale"] = scale
+    else:
+        tensors["low_rank_b"] = checked_floats(b, torch.bfloat16)
+    if (a is not None) != low_rank.trained_projection:
+        raise ValueError("the trained projection and low_rank.trained_projection disagree")
+    if a is not None:
+        tensors["low_rank_a"] = checked_floats(a, torch.bfloat16)
+    return tensors
+
+
+def low_rank_linear(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The branch's output [..., O] in x's dtype for x [..., I] and stored tensors."""
+    b = tensors["low_rank_b"]
+    if "low_rank_a" in tensors:
+        projected = F.linear(x, tensors["low_rank_a"].to(x.dtype))
+    else:
+        projected = x.unflatten(-1, (b.shape[1], -1)).float().sum(-1).to(x.dtype)
+    y = F.linear(projected, b.to(x.dtype))
+    return y * tensors["low_rank_b_scale"].to(x.dtype).squeeze(1) if "low_rank_b_scale" in tensors else y
+
+
+def has_low_rank(tensors: Tensors) -> bool:
+    """Whether a module's tensors hold a branch."""
+    return "low_rank_b" in tensors

@@ -1,0 +1,125 @@
+"""An output folder that appears whole or not at all.
+
+Work is staged in a hidden sibling of the folder (same file system, so the final rename is atomic), every file is
+synced, and the stage is exchanged with the folder in one system call. A lock keeps two runs out of one folder, and
+stages that killed runs left behind are swept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that after a crash either the old or the new content is there."""
+    stage = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    stage.write_bytes(data)
+    sync(stage)
+    stage.replace(path)
+    sync(path.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two paths atomically; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
+
+
+class OutputFolder:
+    """Context manager: write into `stage`, then `commit()`. Without a commit the output is as it was before.
+
+    Args:
+        path: the folder to make.
+        force: whether an existing folder is replaced.
+
+    Raises:
+        FileExistsError: the folder exists and `force` is not given.
+        BlockingIOError: another run is writing it.
+        PermissionError: the parent folder cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.stage = self.path.with_name(f".{self.path.name}.staging")
+        self._lock_path = self.path.with_name(f".{self.path.name}.lock")
+        self._force = force
+        self._lock: IO[str] | None = None
+
+    def check(self) -> None:
+        """Raises what entering would raise, and leaves nothing behind."""
+        if self.path.exists() and not self._force:
+            raise FileExistsError(f"{self.path} exists. Give --force to replace it, or name another folder with --out.")
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"{self.path} is a file. Name a folder with --out.")
+        parent = next(folder for folder in self.path.parents if folder.exists())
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(f"{parent} cannot be written by this user. Name another folder with --out.")
+
+    def __enter__(self) -> OutputFolder:
+        self.check()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = self._lock_path.open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            raise BlockingIOError(
+                f"another run (process {holder}) is writing {self.path}. Wait for it, or name another folder."
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        shutil.rmtree(self.stage, ignore_errors=True)
+        return self
+
+    def open_stage(self) -> Path:
+        """Makes the empty stage and returns it."""
+        shutil.rmtree(self.stage, ignore_errors=True)
+        self.stage.mkdir()
+        return self.stage
+
+    def commit(self) -> None:
+        """Syncs the stage and puts it in the folder's place."""
+        for file in self.stage.rglob("*"):
+            sync(file)
+        sync(self.stage)
+        if not self.path.exists():
+            self.stage.rename(self.path)
+        elif not _exchange(self.stage, self.path):
+            retired = self.path.with_name(f".{self.path.name}.retired")
+            shutil.rmtree(retired, ignore_errors=True)
+            self.path.rename(retired)
+            self.stage.rename(self.path)
+            shutil.rmtree(retired)
+        sync(self.path.parent)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.stage, ignore_errors=True)
+        self._lock_path.unlink(missing_ok=True)
+        if self._lock is not None:
+            self._lock.close()
