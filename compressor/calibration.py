@@ -1,0 +1,249 @@
+"""Calibration: what a linear's inputs look like on real text.
+
+`calibrate` runs the whole model and keeps one number per input feature. `calibrate_blocks` walks
+the transformer blocks one at a time, so that a Hessian exists for one block only and a solver may change the
+block's weights before the next block sees its output. Both accept nn.Linear and transformers' Conv1D, whose
+weight is transposed; `weight_of` gives either as [O, I].
+
+Shapes: O out_features, I in_features, T tokens of a batch, B x L token ids of a batch.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class LayerStats:
+    """Sums over the calibration tokens of one linear's input x [T, I]."""
+
+    input_norm: Tensor  # [I] float32: L2 norm of each feature over all tokens
+    tokens: int
+    hessian: Tensor | None = None  # [I, I] float32: sum of x x^T, only when asked for
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear, whose weight is stored [I, O]; told by its name so that transformers is not imported."""
+    return type(module).__name__ == "Conv1D"
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A linear's weight as [O, I], sharing memory with the module's parameter."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if is_conv1d(module) else weight
+
+
+@dataclass
+class _Sums:
+    """Running sums of one linear."""
+
+    squares: Tensor
+    gram: Tensor | None
+    tokens: int = 0
+
+
+@dataclass
+class _Recorder:
+    """Forward hooks that add up x^2, and x x^T on demand.
+
+    Query, key and value read the same tensor: the sums of the latest input are kept, so it is worked through once.
+    """
+
+    hessian: bool
+    sums: dict[str, _Sums] = field(default_factory=dict)
+    latest: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+    @torch.no_grad()
+    def add(self, name: str, x: Tensor) -> None:
+        if self.latest is None or self.latest[0] is not x:
+            x_TI = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
+            self.latest = (x, x_TI.square().sum(dim=0), x_TI.t() @ x_TI if self.hessian else None)
+        _, squares, gram = self.latest
+        if name not in self.sums:
+            self.sums[name] = _Sums(torch.zeros_like(squares), None if gram is None else torch.zeros_like(gram))
+        sums = self.sums[name]
+        sums.squares += squares
+        sums.tokens += x.numel() // x.shape[-1]
+        if gram is not None and sums.gram is not None:
+            sums.gram += gram
+
+    def stats(self) -> dict[str, LayerStats]:
+        self.latest = None
+        for name, sums in self.sums.items():
+            if not bool(torch.isfinite(sums.squares).all()):
+                raise ValueError(f"inputs of {name} are not finite on the calibration text; is the model intact?")
+        return {name: LayerStats(s.squares.sqrt(), s.tokens, s.gram) for name, s in self.sums.items()}
+
+
+@contextmanager
+def _recording(linears: Mapping[str, nn.Module], hessian: bool) -> Iterator[_Recorder]:
+    recorder = _Recorder(hessian)
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _module, args: recorder.add(name, args[0])
+
+    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in linears.items()]
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    token_batches: Iterable[Tensor],
+    linears: Mapping[str, nn.Module],
+    *,
+    progress: Progress | None = None,
+) -> dict[str, LayerStats]:
+    """Input norms of every linear, from whole forward passes over token batches [B, L]."""
+    batches = _checked(token_batches)
+    with _evaluating(model), _recording(linears, hessian=False) as recorder:
+        for done, batch in enumerate(batches, start=1):
+            _body(model)(input_ids=batch.to(_device(model)), use_cache=False)
+            if progress is not None:
+                progress(done, len(batches))
+        stats = recorder.stats()
+    return _complete(stats, linears)
+
+
+@torch.no_grad()
+def calibrate_blocks(
+    model: nn.Module,
+    token_batches: Iterable[Tensor],
+    linears: Mapping[str, nn.Module],
+    *,
+    hessian: bool = False,
+) -> Iterator[dict[str, LayerStats]]:
+    """Statistics block by block. A block is run again after the caller has taken its statistics, so changes
+    made to its weights in between reach the blocks behind it. Memory: the hidden states of the
+    calibration text and one block's sums."""
+    batches = _checked(token_batches)
+    blocks = _blocks_of(model, linears)
+    with _evaluating(model):
+        calls = [_calls_of_blocks(model, list(blocks.values()), batch) for batch in batches]
+        hidden = [call[0].hidden for call in calls]
+        for index, (prefix, block) in enumerate(blocks.items()):
+            inside = {name: module for name, module in linears.items() if name.startswith(prefix + ".")}
+            if inside:
+                with _recording(inside, hessian) as recorder:
+                    for x, call in zip(hidden, calls, strict=True):
+                        call[index].run(block, x)
+                    stats = recorder.stats()
+                yield _complete(stats, inside)
+            hidden = [call[index].run(block, x) for x, call in zip(hidden, calls, strict=True)]
+
+
+def _checked(token_batches: Iterable[Tensor]) -> list[Tensor]:
+    batches = list(token_batches)
+    if not batches or not all(batch.numel() for batch in batches):
+        raise ValueError("no calibration tokens given; give calibration text, or use the criterion 'magnitude'")
+    return batches
+
+
+def _complete(stats: dict[str, LayerStats], linears: Mapping[str, nn.Module]) -> dict[str, LayerStats]:
+    missing = sorted(linears.keys() - stats.keys())
+    if missing:
+        raise ValueError(f"no calibration token reached {', '.join(missing[:3])}: leave these layers dense")
+    return {name: stats[name] for name in linears}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _body(model: nn.Module) -> nn.Module:
+    """The model without its head: statistics of the blocks do not need logits."""
+    body = getattr(model, "base_model", model)
+    assert isinstance(body, nn.Module)
+    return body
+
+
+def _blocks_of(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The transformer blocks: the members of the longest list of modules that holds the linears."""
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(linear.startswith(name + ".") for linear in linears)
+    }
+    if not lists:
+        raise ValueError("no list of transformer blocks found in this model; calibrate it as a whole")
+    name = max(lists, key=lambda key: len(lists[key]))
+    outside = [linear for linear in linears if not linear.startswith(name + ".")]
+    if outside:
+        raise ValueError(f"{outside[0]} lies outside the blocks {name}: leave it dense")
+    return {f"{name}.{index}": block for index, block in enumerate(lists[name])}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How the model calls one block: masks and positions may differ from block to block."""
+
+    hidden: Tensor
+    rest: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        output = block(hidden, *self.rest, **self.keywords)
+        return _first(output)
+
+
+def _calls_of_blocks(model: nn.Module, blocks: list[nn.Module], batch: Tensor) -> list[_Call]:
+    """Record how each block is called, in a pass in which the blocks behind the first only hand on."""
+    calls: list[_Call] = []
+
+    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keywords = dict(kwargs)
+        hidden = args[0] if args else keywords.pop("hidden_states")
+        calls.append(_Call(hidden, args[1:], keywords))
+
+    def skip(output: Any) -> Callable[..., Any]:
+        return lambda hidden_states, *_rest, **_keywords: (
+            (hidden_states,) if isinstance(output, tuple) else hidden_states
+        )
+
+    def skip_the_others(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        for block in blocks[1:]:
+            block.forward = skip(output)
+
+    handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+    handles.append(blocks[0].register_forward_hook(skip_the_others))
+    try:
+        _body(model)(input_ids=batch.to(_device(model)), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block in blocks[1:]:
+            block.__dict__.pop("forward", None)
+    if len(calls) != len(blocks):
+        raise ValueError(f"{len(calls)} of the {len(blocks)} blocks were run; calibrate this model as a whole")
+    return calls
+
+
+def _first(output: Any) -> Tensor:
+    """A block returns its hidden states, alone or first in a tuple."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden

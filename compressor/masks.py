@@ -1,0 +1,92 @@
+"""n:m masks from scores, and the checks on them. Pure functions, nothing here knows a model.
+
+A mask is a `torch.bool` tensor of the weight's shape, True where the weight is kept. Groups are m
+consecutive entries of the last dimension (the input features of one output row). Ties go to the
+earlier position, so a mask is a function of its scores alone and bytes are reproducible.
+
+Shapes: O out_features, I in_features, G = number of groups of m, B = rows of one block.
+"""
+
+import torch
+from torch import Tensor
+
+# Entries handled at a time: the working set of a 2:4 selection stays in a core's cache.
+_BLOCK = 1 << 18
+
+
+def n_m_mask(score: Tensor, n: int = 2, m: int = 4) -> Tensor:
+    """Keep the n highest scores of every m consecutive entries of the last dimension.
+
+    Scores must be finite; comparing with NaN has no order.
+    """
+    check_groups(score.shape[-1], n, m)
+    mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    score_G4, mask_G4 = score.detach().reshape(-1, m), mask.view(-1, m)
+    select = _keep_two_of_four if (n, m) == (2, 4) else _keep_by_rank
+    step = max(1, _BLOCK // m)
+    for start in range(0, score_G4.shape[0], step):
+        select(score_G4[start : start + step], mask_G4[start : start + step], n)
+    return mask
+
+
+def _keep_two_of_four(score_B4: Tensor, out_B4: Tensor, _n: int) -> None:
+    """Six comparisons decide who is in the top two, without a sort.
+
+    An entry is kept when it beats two of the other three; `>=` against later positions and `>`
+    against earlier ones makes the order total. With xor/and/or on the outcomes, `at least two of
+    three` is the majority function.
+    """
+    a, b, c, d = score_B4.t().contiguous().unbind(0)
+    ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
+    kept = (
+        _majority(ab, ac, ad),
+        _majority(~ab, bc, bd),
+        _majority(~ac, ~bc, cd),
+        _majority(~ad, ~bd, ~cd),
+    )
+    torch.stack(kept, dim=1, out=out_B4)
+
+
+def _majority(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    return (x & y) | (z & (x | y))
+
+
+def _keep_by_rank(score_Bm: Tensor, out_Bm: Tensor, n: int) -> None:
+    order = score_Bm.sort(dim=-1, descending=True, stable=True).indices[:, :n]
+    out_Bm.zero_()
+    out_Bm.scatter_(-1, order, True)
+
+
+def check_groups(in_features: int, n: int, m: int) -> None:
+    """Refuse a shape that has no n:m mask."""
+    if not 0 < n <= m:
+        raise ValueError(f"sparsity {n}:{m} given; n of m needs 0 < n <= m, for example 2:4")
+    if in_features % m:
+        raise ValueError(f"{in_features} input features given; {n}:{m} needs a multiple of {m}: leave this layer dense")
+
+
+def check_n_m(weight: Tensor, n: int = 2, m: int = 4) -> None:
+    """Raise when any group of m holds more than n non-zero weights."""
+    check_groups(weight.shape[-1], n, m)
+    used = (weight != 0).reshape(-1, m).sum(dim=-1)
+    broken = int((used > n).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of {used.numel()} groups hold more than {n} non-zero weights of {m}; "
+            f"a {n}:{m} weight has at most {n}: prune it with n_m_mask first"
+        )
+
+
+def check_mask(mask: Tensor, n: int = 2, m: int = 4) -> None:
+    """Raise when a mask is not boolean or does not keep exactly n of every m."""
+    if mask.dtype is not torch.bool:
+        raise ValueError(f"mask of {mask.dtype} given; masks are torch.bool, so that ~mask is its complement")
+    check_groups(mask.shape[-1], n, m)
+    wrong = int((mask.reshape(-1, m).sum(dim=-1) != n).sum())
+    if wrong:
+        raise ValueError(f"{wrong} groups of the mask do not keep exactly {n} of {m}")
+
+
+def flip_rate(old: Tensor, new: Tensor) -> float:
+    """Share of entries whose mask bit changed."""
+    return float((old != new).float().mean())
