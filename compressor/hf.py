@@ -1,0 +1,103 @@
+"""Registers the checkpoint format with transformers: `AutoModelForCausalLM.from_pretrained(OUT)` then works.
+
+Linears and embeddings that the configuration names become `CompressedLinear` and `CompressedEmbedding` before the
+weights load. The folder's manifest is not checked on this path; `compress verify OUT` does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compressor.compressed_linear import CompressedEmbedding, CompressedLinear, tie
+from compressor.scheme import QUANT_METHOD, QuantizationConfig
+
+
+class HalfweightConfig(QuantizationConfigMixin):
+    """The `quantization_config` block as transformers holds it."""
+
+    def __init__(self, **record: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.parsed = QuantizationConfig.from_dict({**record, "quant_method": QUANT_METHOD})
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.parsed.to_dict()
+
+
+class HalfweightQuantizer(HfQuantizer):
+    """Swaps modules for packed ones before transformers loads the weights."""
+
+    requires_calibration = True
+    quantization_config: HalfweightConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        replace_modules(model, self.quantization_config.parsed)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        tie_head(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def replace_modules(model: Any, config: QuantizationConfig) -> None:
+    """Puts packed modules, on the meta device and without values, in the place of those that `config` names."""
+    for name, module in list(model.named_modules()):
+        scheme = config.scheme_of(name)
+        if scheme is None:
+            continue
+        with torch.device("meta"):
+            packed: nn.Module
+            if isinstance(module, nn.Embedding):
+                packed = CompressedEmbedding(module.num_embeddings, module.embedding_dim, scheme)
+            else:
+                out_features, in_features = linear_shape(module)
+                has_bias = getattr(module, "bias", None) is not None
+                packed = CompressedLinear(in_features, out_features, scheme, bias=has_bias)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, packed)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, CompressedEmbedding) and isinstance(head, nn.Linear) and model.config.tie_word_embeddings:
+        with torch.device("meta"):
+            tied = CompressedLinear(embedding.embedding_dim, embedding.num_embeddings, embedding.scheme)
+        for tensor in list(tied.tensors):
+            del tied._buffers[tensor]
+        model.set_output_embeddings(tied)
+        model._tied_weights_keys = {}
+        model.all_tied_weights_keys = {}
+
+
+def tie_head(model: Any) -> None:
+    """Lets an LM head without tensors of its own read the embedding's."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, CompressedEmbedding) and isinstance(head, CompressedLinear) and not head.tensors:
+        tie(head, embedding)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(O, I) of an `nn.Linear` or of GPT-2's `Conv1D`, whose weight is stored transposed."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if type(module).__name__ == "Conv1D" and isinstance(module.weight, torch.Tensor):
+        in_features, out_features = module.weight.shape
+        return out_features, in_features
+    raise ValueError(f"{type(module).__name__} is not a linear layer; accepted: nn.Linear, Conv1D")
+
+
+def register() -> None:
+    """Registers once; later calls do nothing."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(HalfweightConfig)
+        register_quantizer(QUANT_METHOD)(HalfweightQuantizer)

