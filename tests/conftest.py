@@ -1,0 +1,63 @@
+"""Tiny models with random weights, built on the spot, and a cache folder of the tests' own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from tests.tiny import make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama folder with tied embeddings and grouped-query attention; hidden 64, intermediate 128, 2 blocks."""
+    return make_tiny_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 folder (Conv1D, biases, learned positions)."""
+    return make_tiny_model("gpt2", tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An OPT folder (biases, learned positions, ReLU)."""
+    return make_tiny_model("opt", tmp_path_factory.mktemp("opt"))
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file to calibrate and train on."""
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "while",
+        "rain",
+        "falls",
+        "on",
+        "old",
+        "hills",
+        "and",
+        "rivers",
+        "run",
+        "to",
+        "the",
+        "sea",
+    ]
+    documents = [" ".join(words[(7 * i + 3 * j) % len(words)] for j in range(200)) + "." for i in range(60)]
+    path.write_text("\n\n".join(documents))
+    return path
