@@ -1,0 +1,80 @@
+"""SLoRB: the low-rank branch that gives a pruned weight back its segment sums (AST, arXiv 2407.20584, section 3.4).
+
+    y = (M*W) x + S (X x),   X[i, j] = 1 where floor(j / k) == i
+
+With X fixed, `X x` is a segment sum of the activation and X is never stored. S starts as the mean, over the k
+positions of a segment, of what pruning took away, so every segment sum of W survives. S X cannot be folded into a 2:4
+weight.
+
+Shapes: O out_features, I in_features, k segment, R = I / k.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INITS = ("mean", "sum", "zero")
+
+
+def initial_s(weight_OI: Tensor, mask_OI: Tensor, segment: int, init: str = "mean") -> Tensor:
+    """S [O, R] in fp32 from the pruned part of a weight."""
+    if init not in INITS:
+        raise ValueError(f"low-rank init {init!r} given; accepted are {', '.join(INITS)}")
+    if segment < 1 or weight_OI.shape[1] % segment:
+        raise ValueError(
+            f"low-rank segment {segment} given for {weight_OI.shape[1]} input features; it must divide them"
+        )
+    pruned = torch.where(mask_OI, 0.0, weight_OI.to(torch.float32)).unflatten(1, (-1, segment))
+    if init == "zero":
+        return torch.zeros(pruned.shape[:2], device=pruned.device)
+    sums: Tensor = pruned.sum(dim=-1)
+    return sums / segment if init == "mean" else sums
+
+
+def segment_matrix(in_features: int, segment: int) -> Tensor:
+    """X [R, I] of ones and zeros."""
+    return torch.eye(in_features // segment).repeat_interleave(segment, dim=1)
+
+
+def on_int8_grid(s_OR: Tensor) -> Tensor:
+    """S as it will be stored (int8, one bf16 scale a row), with a straight-through gradient."""
+    with torch.no_grad():
+        largest = s_OR.to(torch.float32).abs().amax(dim=1, keepdim=True)
+        scale = (largest / 127).clamp_min(torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16).to(torch.float32)
+        stored = (s_OR.to(torch.float32) / scale).round_().clamp_(-127, 127) * scale
+    return s_OR + (stored.to(s_OR.dtype) - s_OR).detach()
+
+
+class LowRankBranch(nn.Module):
+    """The branch while it is trained; hooked onto its linear's output.
+
+    Args:
+        s: initial S [O, R].
+        segment: k.
+        train_projection: train X too, starting from the segment sums.
+        int8: let the forward see S on its int8 grid.
+    """
+
+    def __init__(
+        self, s: Tensor, segment: int, *, dtype: torch.dtype, train_projection: bool = False, int8: bool = True
+    ) -> None:
+        super().__init__()
+        self.segment, self.int8 = segment, int8
+        self.s = nn.Parameter(s.to(dtype))
+        x = segment_matrix(s.shape[1] * segment, segment).to(s.device, dtype) if train_projection else None
+        self.x = None if x is None else nn.Parameter(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., O] from activations [..., I]."""
+        projected = self._segment_sums(x) if self.x is None else F.linear(x, self.x)
+        return F.linear(projected, on_int8_grid(self.s) if self.int8 else self.s)
+
+    def _segment_sums(self, x: Tensor) -> Tensor:
+        sums: Tensor = x.unflatten(-1, (-1, self.segment)).sum(dim=-1)
+        return sums
+
+    def attach(self, linear: nn.Module) -> Callable[[], None]:
+        """Add the branch to a linear's output; returns what detaches it."""
+        return linear.register_forward_hook(lambda _module, args, output: output + self(args[0])).remove

@@ -1,0 +1,183 @@
+"""Retraining of sparse weights against the dense teacher.
+
+`retrain` runs a method of METHODS for a budget and leaves the model hard-pruned, verified, in its own dtype. Methods
+differ in what they train and how a step updates it (ast.py); batches, loss, precision, schedules, resuming and
+metrics are the loop's (loop.py).
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compressor.low_rank import LowRankBranch
+from compressor.retraining.ast import Ast, AstSettings, LowRankSettings, Snap
+from compressor.retraining.distillation import text_loss
+from compressor.retraining.loop import (
+    LoopSettings,
+    NonFiniteError,
+    Progress,
+    Run,
+    compute_dtype,
+    identity_of,
+    plain_attention,
+    plan_for,
+)
+from compressor.retraining.optimizers import AdamSettings
+from compressor.retraining.schedules import Budget
+from compressor.retraining.snapshots import Snapshots
+
+__all__ = [
+    "METHODS",
+    "AstSettings",
+    "Budget",
+    "LoopSettings",
+    "LowRankSettings",
+    "NonFiniteError",
+    "RetrainingReport",
+    "retrain",
+    "text_loss",
+]
+
+log = logging.getLogger(__name__)
+
+METHODS = {"ast": Ast}
+
+
+@dataclass(frozen=True)
+class RetrainingReport:
+    """What happened, for the model card; `low_rank` holds the trained branches by linear."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    precision: str
+    validation_loss_before: float | None
+    validation_loss: float | None
+    metrics: dict[str, float]
+    low_rank: dict[str, LowRankBranch] = field(repr=False, default_factory=dict)
+
+
+def retrain(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    linears: Mapping[str, nn.Module],
+    masks: Mapping[str, Tensor],
+    tokens: Tensor,
+    budget: Budget,
+    *,
+    loop: LoopSettings,
+    settings: AstSettings,
+    method: str = "ast",
+    validation: Tensor | None = None,
+    work_dir: Path | None = None,
+    snap: Snap | None = None,
+    progress: Progress | None = None,
+) -> RetrainingReport:
+    """Retrain `model` in place from one-shot masks; it ends hard-pruned, in the dtype it came in.
+
+    Args:
+        teacher: the dense model, needed when loop.kl_weight is above 0.
+        linears: the sparse linears by name; `masks` [O, I] under the same names.
+        tokens: text blocks [N, L] to train on; `validation` [n, L] is only measured.
+        work_dir: where snapshots and metrics.jsonl are kept, so that a killed run goes on; None keeps nothing.
+        snap: the packed grid of a linear's values, for loop.quantize_share.
+        progress: called after every step with the step, the total and the step's metrics.
+    """
+    _check(linears, masks, tokens, teacher, loop, method)
+    device = next(model.parameters()).device
+    before, dtype = next(model.parameters()).dtype, compute_dtype(loop.precision, device)
+    record = {"loop": asdict(loop), "settings": asdict(settings), "method": method, "budget": asdict(budget)}
+    snapshots = None
+    if work_dir is not None:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        identity = identity_of(model, masks, tokens, record)
+        snapshots = Snapshots(work_dir / "snapshots", identity, loop.keep_checkpoints)
+    adam = AdamSettings(loop.beta1, loop.beta2, loop.eps, loop.weight_decay, settings.form)
+    dense = _dense_parameters(model, linears, loop.train)
+    model.eval().requires_grad_(False)
+    _cast(model, torch.float32)
+    trainer = METHODS[method](linears, masks, dense, settings, adam, dtype, snap)
+    _cast(model, dtype)
+    for entry in trainer.trained:
+        entry.parameter.requires_grad_(True)
+    if loop.kl_weight == 0:
+        teacher = None
+    if teacher is not None:
+        _cast(teacher.eval().requires_grad_(False), dtype)
+    run = Run(
+        model,
+        teacher,
+        trainer,
+        tokens,
+        loop,
+        plan_for(budget, loop, tokens.shape[1]),
+        snapshots,
+        None if work_dir is None else work_dir / "metrics.jsonl",
+        progress,
+    )
+    return _run(run, trainer, before, validation)
+
+
+def _run(run: Run, trainer: Ast, dtype: torch.dtype, validation: Tensor | None) -> RetrainingReport:
+    started = time.monotonic()
+    with plain_attention(run.model, run.tokens_NL.shape[1]):
+        loss_before = None if validation is None else text_loss(run.model, validation)
+        run.train()
+        trainer.finish()
+        loss_after = None if validation is None else text_loss(run.model, validation)
+        trainer.detach()
+    seconds, precision = run.plan.spent_seconds, next(run.model.parameters()).dtype
+    _cast(run.model.requires_grad_(True), dtype)
+    log.info("retrained %d steps in %.0f s", run.step, time.monotonic() - started)
+    return RetrainingReport(
+        steps=run.step,
+        tokens=run.trained_tokens,
+        seconds=seconds,
+        tokens_per_second=run.trained_tokens / max(seconds, 1e-9),
+        precision=str(precision).removeprefix("torch."),
+        validation_loss_before=loss_before,
+        validation_loss=loss_after,
+        metrics=run.last,
+        low_rank=trainer.branches,
+    )
+
+
+def _check(
+    linears: Mapping[str, nn.Module],
+    masks: Mapping[str, Tensor],
+    tokens: Tensor,
+    teacher: nn.Module | None,
+    loop: LoopSettings,
+    method: str,
+) -> None:
+    if method not in METHODS:
+        raise ValueError(f"retraining method {method!r} given; accepted are {', '.join(METHODS)}")
+    if not linears or linears.keys() != masks.keys():
+        raise ValueError(f"{len(masks)} masks given for {len(linears)} linears; each sparse linear needs one")
+    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise ValueError(f"text of shape {tuple(tokens.shape)} given; blocks [N, L] of at least 2 tokens are needed")
+    if loop.kl_weight > 0 and teacher is None:
+        raise ValueError(f"kl_weight {loop.kl_weight} given without a dense teacher; give one, or kl_weight 0")
+
+
+def _dense_parameters(model: nn.Module, linears: Mapping[str, nn.Module], train: str) -> dict[str, nn.Parameter]:
+    """What trains besides the sparse weights: norms, biases and dense linears, and with "all" embeddings and head."""
+    sparse = {id(module.weight) for module in linears.values()}
+    if train != "all":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) or module is head:
+                sparse |= {id(parameter) for parameter in module.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in sparse}
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only: buffers such as rotary frequencies keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,189 @@
+"""AST, the Adaptive Sparse Trainer (Huang et al., AAAI-25, arXiv 2407.20584).
+
+Sparse weights train dense. The forward uses M*W, the gradient reaches all of W (straight-through), a decay that
+ramps up draws masked weights to zero, and every few steps, before the step, the mask is chosen anew by |W|: weights
+that the decay could not hold come back, others leave.
+
+Published settings, for scale (GPT-2 / LLaMA2-7B): rate 2e-4 / 2e-5, lambda 1e-4 / 6e-5 reached after 25 % / 20 %
+of the steps, KL weight 0.67 / 0.33, T = 2, weight decay 0.1 / 0, betas (0.9, 0.95), clip 1, refresh every 10
+steps, form decoupled / coupled, from the magnitude mask with the dense weights kept under it (`masked_start` 1).
+
+Shapes: O out_features, I in_features.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compressor.calibration import weight_of
+from compressor.low_rank import INITS, LowRankBranch, initial_s
+from compressor.masks import check_mask, check_n_m, flip_rate, n_m_mask
+from compressor.retraining.optimizers import (
+    FORMS,
+    AdamSettings,
+    Trained,
+    Transform,
+    adam_step,
+    train_dense,
+    train_linear,
+)
+from compressor.retraining.schedules import ramp
+
+# From a linear's name and its M*W [O, I], what the forward is to see of it once it is quantised.
+Snap = Callable[[str, Tensor], Transform]
+
+
+@dataclass(frozen=True)
+class LowRankSettings:
+    """SLoRB; `projection` trains X as the paper's runs do, `int8` trains S on the grid it is stored on."""
+
+    segment: int = 16
+    init: str = "mean"
+    projection: bool = False
+    int8: bool = True
+
+    def __post_init__(self) -> None:
+        if self.init not in INITS:
+            raise ValueError(f"low-rank init {self.init!r} given; accepted are {', '.join(INITS)}")
+
+
+@dataclass(frozen=True)
+class AstSettings:
+    """What AST adds to the loop. Defaults are for budgets of 10^5 to 10^6 tokens.
+
+    Args:
+        mask_decay: lambda, reached after the share `mask_decay_ramp` of the budget.
+        form: where the decay enters Adam, "decoupled" or "coupled".
+        refresh_every: steps between mask refreshes; 0 keeps the first mask.
+        masked_start: what masked weights start as, times their dense value. 1 is the paper's; with 0 the first
+            refresh cannot throw away a mask that was chosen by more than magnitude.
+    """
+
+    mask_decay: float = 1e-4
+    mask_decay_ramp: float = 0.25
+    form: str = "coupled"
+    refresh_every: int = 10
+    masked_start: float = 0.0
+    low_rank: LowRankSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form {self.form!r} given; accepted are {', '.join(FORMS)}")
+        if self.mask_decay < 0 or not 0 < self.mask_decay_ramp <= 1 or self.refresh_every < 0:
+            raise ValueError("mask_decay and refresh_every must not be negative, mask_decay_ramp be in (0, 1]")
+
+
+class Ast:
+    """The method's part of a run: which tensors train, and what happens before and at an optimiser step."""
+
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Module],
+        masks: Mapping[str, Tensor],
+        dense: Mapping[str, nn.Parameter],
+        settings: AstSettings,
+        adam: AdamSettings,
+        dtype: torch.dtype,
+        snap: Snap | None = None,
+    ) -> None:
+        self.snap = snap
+        self.settings, self.adam, self.linears = settings, adam, linears
+        self.sparse: dict[str, Trained] = {}
+        self.branches: dict[str, LowRankBranch] = {}
+        self._detach: list[Callable[[], None]] = []
+        for name, module in linears.items():
+            mask = masks[name].clone()
+            check_mask(mask)
+            if settings.low_rank is not None:
+                self._add_branch(name, module, mask, settings.low_rank, dtype)
+            module.register_buffer("weight_mask", mask, persistent=False)
+            entry = train_linear(f"{name}.weight", module, mask, adam)
+            entry.master.mul_(torch.where(mask, 1.0, settings.masked_start))
+            entry.publish()
+            self.sparse[name] = entry
+        self.dense = [train_dense(name, parameter, adam) for name, parameter in dense.items()]
+        self.dense += [
+            train_dense(f"{name}.low_rank.{part}", parameter, adam)
+            for name, branch in self.branches.items()
+            for part, parameter in branch.named_parameters()
+        ]
+
+    def _add_branch(
+        self, name: str, module: nn.Module, mask: Tensor, settings: LowRankSettings, dtype: torch.dtype
+    ) -> None:
+        s = initial_s(weight_of(module).detach(), mask, settings.segment, settings.init)
+        branch = LowRankBranch(
+            s, settings.segment, dtype=dtype, train_projection=settings.projection, int8=settings.int8
+        )
+        self.branches[name] = branch
+        self._detach.append(branch.attach(module))
+
+    @property
+    def trained(self) -> list[Trained]:
+        return [*self.sparse.values(), *self.dense]
+
+    def before_step(self, step: int) -> dict[str, float]:
+        """Refresh the masks when it is time, and tell how they moved. The loop counts steps, not forward calls."""
+        every = self.settings.refresh_every
+        if not every or step == 0 or step % every:
+            return {}
+        flips = [self._refresh(entry) * entry.master.numel() for entry in self.sparse.values()]
+        return {"flip_rate": sum(flips) / self._weights(), **self.magnitudes()}
+
+    @torch.no_grad()
+    def _refresh(self, entry: Trained) -> float:
+        assert entry.mask is not None
+        mask = n_m_mask(entry.master.abs())
+        rate = flip_rate(entry.mask, mask)
+        if rate:
+            entry.mask.copy_(mask)
+            entry.publish()
+        return rate
+
+    def _weights(self) -> int:
+        return sum(entry.master.numel() for entry in self.sparse.values())
+
+    @torch.no_grad()
+    def magnitudes(self) -> dict[str, float]:
+        """Mean |w| of kept and of masked weights; half of all weights are of either kind."""
+        kept = total = 0.0
+        for entry in self.sparse.values():
+            size = entry.master.abs()
+            total += float(size.sum())
+            kept += float(torch.where(entry.mask, size, 0.0).sum())  # type: ignore[arg-type]
+        half = self._weights() / 2
+        return {"mean_kept": kept / half, "mean_masked": (total - kept) / half}
+
+    def update(self, step: int, progress: float, rate: float, scale: float) -> dict[str, float]:
+        """One optimiser step on everything that trains."""
+        decay = ramp(progress, self.settings.mask_decay, self.settings.mask_decay_ramp)
+        for entry in self.trained:
+            adam_step(entry, self.adam, step=step + 1, rate=rate, decay=decay, scale=scale)
+        return {"mask_decay": decay}
+
+    def before_quantized(self) -> None:
+        """From now on the forward sees the values as they will be packed; the masters stay what is trained."""
+        if self.snap is None:
+            return
+        for name, entry in self.sparse.items():
+            entry.transform = self.snap(name, entry.masked())
+            entry.publish()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Hard prune by the final mask and prove it."""
+        for name, entry in self.sparse.items():
+            entry.publish()
+            if entry.mask is not self.linears[name].weight_mask:
+                raise RuntimeError(f"{name} lost its mask during training; its weights cannot be trusted to be sparse")
+            check_mask(entry.mask)
+            check_n_m(entry.visible)
+
+    def detach(self) -> None:
+        """Take everything of the method off the model, whose weights are now plain sparse ones."""
+        for module in self.linears.values():
+            del module.weight_mask
+        for detach in self._detach:
+            detach()

@@ -1,0 +1,284 @@
+"""The training loop: batches in, one optimiser step at a time, watched, bounded and resumable.
+
+The loop knows nothing of a method but three moments: before a step, at the update, and at the end. Weights, moments and
+masks are fp32 and bool; the model itself runs in bf16 where the processor multiplies bf16 in hardware. Dropout is
+off: at these budgets a compressed model has nothing to overfit with.
+
+Shapes: N blocks of text, L tokens in a block, B blocks in a micro-batch.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compressor.retraining.distillation import Head, Loss, chunked_loss, head_of, hidden_states, next_tokens
+from compressor.retraining.optimizers import Trained, gradient_norm
+from compressor.retraining.schedules import Budget, Plan, learning_rate
+from compressor.retraining.snapshots import Snapshots
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, Mapping[str, float]], None]
+PRECISIONS = ("auto", "fp32", "bf16")
+
+# Up to this many tokens in a block, plain attention is faster on a CPU than the fused kernel, whose backward is slow.
+_SHORT_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What every method shares. Shares are of the budget.
+
+    Args:
+        batch: blocks per optimiser step, run `micro_batch` at a time (all at once when None).
+        kl_weight: a in a*KL + (1-a)*CE; 0 needs no teacher.
+        quantize_share: the last share of the budget, in which the forward sees the packed values.
+        train: "blocks" (sparse weights, norms, biases) or "all" (embeddings and head too).
+        checkpoint_minutes: between snapshots of the run, when there is a work folder.
+    """
+
+    learning_rate: float = 3e-4
+    final_rate: float = 0.0
+    warmup: float = 0.05
+    batch: int = 4
+    micro_batch: int | None = None
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    kl_weight: float = 1.0
+    temperature: float = 1.0
+    quantize_share: float = 0.0
+    train: str = "blocks"
+    precision: str = "auto"
+    checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r} given; accepted are {', '.join(PRECISIONS)}")
+        if self.train not in ("blocks", "all"):
+            raise ValueError(f"train {self.train!r} given; accepted are blocks, all")
+        if self.batch < 1 or (self.micro_batch is not None and self.batch % self.micro_batch):
+            raise ValueError(f"batch {self.batch} must be a multiple of micro_batch {self.micro_batch}")
+        if not 0 <= self.kl_weight <= 1 or self.temperature <= 0:
+            raise ValueError("kl_weight must lie in [0, 1] and temperature be above 0")
+        if not 0 <= self.warmup < 1 or not 0 <= self.quantize_share < 1:
+            raise ValueError("warmup and quantize_share are shares of the budget, in [0, 1)")
+
+
+class Method(Protocol):
+    """What differs from method to method."""
+
+    @property
+    def trained(self) -> list[Trained]: ...
+
+    def before_step(self, step: int) -> dict[str, float]: ...
+
+    def update(self, step: int, progress: float, rate: float, scale: float) -> dict[str, float]: ...
+
+    def before_quantized(self) -> None: ...
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient is NaN or infinite; raised before the weights are touched."""
+
+
+@dataclass
+class Run:
+    """One training run in progress."""
+
+    model: nn.Module
+    teacher: nn.Module | None
+    method: Method
+    tokens_NL: Tensor
+    settings: LoopSettings
+    plan: Plan
+    snapshots: Snapshots | None = None
+    metrics_file: Path | None = None
+    progress: Progress | None = None
+    step: int = 0
+    trained_tokens: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+
+    def train(self) -> None:
+        """From the newest snapshot, or the start, to the end of the budget."""
+        heads = head_of(self.model), None if self.teacher is None else head_of(self.teacher)
+        self._resume()
+        saved = time.monotonic()
+        quantized = False
+        while not self.plan.done(self.step):
+            started = time.monotonic()
+            if not quantized and self._quantizes():
+                self.method.before_quantized()
+                quantized = True
+            self._one_step(*heads, started)
+            due = time.monotonic() - saved >= 60 * self.settings.checkpoint_minutes
+            if self.snapshots is not None and due and not self.plan.done(self.step):
+                self._save()
+                saved = time.monotonic()
+
+    def _quantizes(self) -> bool:
+        share = self.settings.quantize_share
+        return share > 0 and self.plan.progress(self.step) >= 1.0 - share
+
+    def _one_step(self, head: Head, teacher_head: Head | None, started: float) -> None:
+        settings, step = self.settings, self.step
+        metrics = self.method.before_step(step)
+        blocks = self._blocks_of(step)
+        loss = self._forward_backward(blocks, head, teacher_head)
+        norm = gradient_norm(self.method.trained)
+        if not math.isfinite(loss.total) or not math.isfinite(norm):
+            raise NonFiniteError(
+                f"loss {loss.total}, gradient norm {norm} at step {step}, text blocks {blocks.tolist()}: stopped "
+                "before the update; lower learning_rate, or look at that text"
+            )
+        progress = self.plan.progress(step)
+        rate = learning_rate(progress, settings.learning_rate, settings.warmup, settings.final_rate)
+        scale = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
+        metrics |= self.method.update(step, progress, rate, scale)
+        self.step += 1
+        self.trained_tokens += blocks.numel() * self.tokens_NL.shape[1]
+        self._report(step, started, {**asdict(loss), "gradient_norm": norm, "learning_rate": rate, **metrics})
+
+    def _report(self, step: int, started: float, metrics: dict[str, float]) -> None:
+        seconds = time.monotonic() - started
+        self.plan.took(step, seconds)
+        tokens = self.settings.batch * self.tokens_NL.shape[1]
+        metrics |= {"tokens": self.trained_tokens, "tokens_per_second": tokens / seconds}
+        self.last = {**self.last, **metrics}
+        if self.metrics_file is not None:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps({"step": self.step, **metrics}) + "\n")
+        if self.progress is not None:
+            self.progress(self.step, self.plan.total, metrics)
+
+    def _forward_backward(self, blocks: Tensor, head: Head, teacher_head: Head | None) -> Loss:
+        """Gradients of one step's loss, moved onto the trained entries."""
+        settings = self.settings
+        parts = blocks.split(settings.micro_batch or settings.batch)
+        losses = []
+        for part in parts:
+            ids_BL = self.tokens_NL[part].to(next(self.model.parameters()).device)
+            positions, labels = next_tokens(ids_BL)
+            teacher_TH = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    teacher_TH = hidden_states(self.teacher, ids_BL).flatten(0, 1)[positions]
+            student_TH = hidden_states(self.model, ids_BL).flatten(0, 1)[positions]
+            loss, gradient = chunked_loss(
+                student_TH,
+                head,
+                labels,
+                teacher_TH=teacher_TH,
+                teacher_head=teacher_head,
+                kl_weight=settings.kl_weight,
+                temperature=settings.temperature,
+                weight=1.0 / len(parts),
+            )
+            if not math.isfinite(loss.total):
+                return loss
+            student_TH.backward(gradient)
+            losses.append(loss)
+            for entry in self.method.trained:
+                entry.take_gradient(several=len(parts) > 1)
+        mean = [sum(values) / len(losses) for values in zip(*((x.total, x.kl, x.ce) for x in losses), strict=True)]
+        return Loss(*mean)
+
+    def _blocks_of(self, step: int) -> Tensor:
+        """Indices of the text blocks of a step: a new order for every pass over the text, from the seed alone."""
+        first = step * self.settings.batch
+        count = len(self.tokens_NL)
+        places = range(first, first + self.settings.batch)
+        orders = {epoch: self._order(epoch, count) for epoch in {place // count for place in places}}
+        return torch.stack([orders[place // count][place % count] for place in places])
+
+    def _order(self, epoch: int, count: int) -> Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed * 100_003 + epoch))
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: tensor for entry in self.method.trained for name, tensor in entry.state().items()}
+
+    def _save(self) -> None:
+        assert self.snapshots is not None
+        record = {"plan": self.plan.state(), "trained_tokens": self.trained_tokens}
+        self.snapshots.save(self.step, self._state(), record)
+
+    def _resume(self) -> None:
+        manifest = None if self.snapshots is None else self.snapshots.latest()
+        _cut_metrics(self.metrics_file, 0 if manifest is None else manifest["step"])
+        if manifest is None or self.snapshots is None:
+            return
+        self.snapshots.restore(self._state())
+        for entry in self.method.trained:
+            entry.publish()
+        self.step, self.trained_tokens = manifest["step"], manifest["trained_tokens"]
+        for name, value in manifest["plan"].items():
+            setattr(self.plan, name, value)
+        log.info("going on from step %d of %d", self.step, self.plan.total)
+
+
+def _cut_metrics(file: Path | None, steps: int) -> None:
+    """Drop the lines of steps that will be run again."""
+    if file is not None and file.exists():
+        lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
+        file.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= steps))
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bf16 where the processor multiplies it in hardware, else fp32."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def plain_attention(model: nn.Module, length: int) -> Iterator[None]:
+    """Use plain attention for short blocks on a CPU, and put back what was there."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "_attn_implementation", None)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if before != "sdpa" or not on_cpu or length > _SHORT_BLOCK:
+        yield
+        return
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def identity_of(model: nn.Module, masks: Mapping[str, Tensor], tokens_NL: Tensor, record: Mapping[str, Any]) -> str:
+    """Hash of everything that decides a run's result: weights, masks, text, settings and budget."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode())
+    tensors = {**dict(model.state_dict()), **{f"{name}/mask": mask for name, mask in masks.items()}}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(_bytes_of(tensor))
+    digest.update(_bytes_of(tokens_NL))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def plan_for(budget: Budget, settings: LoopSettings, length: int) -> Plan:
+    """How many steps a budget is, or will be once steps have been timed."""
+    return Plan(budget, settings.batch * length)

@@ -1,0 +1,184 @@
+"""Adam on fp32 masters, with AST's decay of masked weights (Huang et al., arXiv 2407.20584, eq. 2-3).
+
+The forward sees a parameter in the compute dtype; the master is what is trained. For a sparse weight the
+parameter holds M*W, so the gradient that autograd leaves on it *is* the straight-through gradient of the whole W:
+nothing is masked in forward or backward, and M*W is formed once per step, here, while W passes through the cache.
+
+Two forms of the decay, both from the published code:
+    decoupled   u = m + lambda * ~M * W after the momentum m, v from u             (its GPT-2 path)
+    coupled     g + lambda * ~M * W before Adam, as in SR-STE                      (its LLaMA path)
+
+Shapes: O out_features, I in_features, B rows of one block.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from compressor.calibration import is_conv1d
+
+FORMS = ("decoupled", "coupled")
+
+# Entries updated at a time: a dozen passes over this many floats stay in cache.
+_BLOCK = 1 << 18
+
+# What the forward is to see of some rows of M*W, for example the rows snapped to their packed grid.
+Transform = Callable[[Tensor, slice], Tensor]
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """The numbers that hold for every step."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    form: str = "decoupled"
+
+
+@dataclass
+class Trained:
+    """One trained tensor: its parameter, fp32 master and Adam moments, all as [rows, columns]."""
+
+    name: str
+    parameter: nn.Parameter
+    transposed: bool
+    master: Tensor
+    momentum: Tensor
+    variance: Tensor
+    mask: Tensor | None = None
+    decays: bool = False
+    gradient: Tensor | None = field(default=None, repr=False)
+    transform: Transform | None = field(default=None, repr=False)
+
+    @property
+    def visible(self) -> Tensor:
+        """The parameter's values, oriented like the master."""
+        return _oriented(self.parameter.detach(), self.transposed)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint stores of it."""
+        tensors = {"master": self.master, "momentum": self.momentum, "variance": self.variance}
+        if self.mask is not None:
+            tensors["mask"] = self.mask
+        return {f"{self.name}/{kind}": tensor for kind, tensor in tensors.items()}
+
+    def take_gradient(self, several: bool) -> None:
+        """Move the parameter's gradient over; sums over micro-batches are kept in fp32."""
+        found = self.parameter.grad
+        self.parameter.grad = None
+        if found is None:
+            return
+        found = _oriented(found, self.transposed)
+        if not several:
+            self.gradient = found
+        elif self.gradient is None:
+            self.gradient = found.to(torch.float32, copy=True)
+        else:
+            self.gradient += found
+
+    def masked(self, rows: slice = slice(None)) -> Tensor:
+        """M*W in fp32."""
+        values = self.master[rows]
+        return values if self.mask is None else torch.where(self.mask[rows], values, 0.0)
+
+    @torch.no_grad()
+    def publish(self, rows: slice = slice(None)) -> None:
+        """Let the forward see the master: masked, and snapped to the packed grid when a transform is set."""
+        values = self.masked(rows)
+        if self.transform is not None:
+            values = self.transform(values, rows)
+        self.visible[rows].copy_(values)
+
+
+def _oriented(tensor: Tensor, transposed: bool) -> Tensor:
+    """As rows by columns: a Conv1D's weight is turned, a vector is one row."""
+    if tensor.dim() == 1:
+        return tensor.unsqueeze(0)
+    return tensor.t() if transposed else tensor.flatten(1)
+
+
+def train_linear(name: str, module: nn.Module, mask: Tensor, settings: AdamSettings) -> Trained:
+    """A sparse weight: dense master [O, I] beside the masked parameter."""
+    return _trained(name, module.weight, is_conv1d(module), mask, settings)  # type: ignore[arg-type]
+
+
+def train_dense(name: str, parameter: nn.Parameter, settings: AdamSettings) -> Trained:
+    """A norm, bias or embedding, trained without a mask."""
+    return _trained(name, parameter, False, None, settings)
+
+
+def _trained(
+    name: str, parameter: nn.Parameter, transposed: bool, mask: Tensor | None, settings: AdamSettings
+) -> Trained:
+    values = _oriented(parameter.detach(), transposed)
+    if mask is not None and mask.shape != values.shape:
+        raise ValueError(f"mask of {tuple(mask.shape)} given for {name}, whose weight is {tuple(values.shape)}")
+    master = values.to(torch.float32, copy=True).contiguous()
+    decays = settings.weight_decay > 0 and parameter.dim() > 1
+    return Trained(
+        name, parameter, transposed, master, torch.zeros_like(master), torch.zeros_like(master), mask, decays
+    )
+
+
+def gradient_norm(entries: Iterable[Trained]) -> float:
+    """L2 norm over all gradients; NaN or infinity anywhere shows in it."""
+    norms = [
+        torch.linalg.vector_norm(entry.gradient, dtype=torch.float32) for entry in entries if entry.gradient is not None
+    ]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+@torch.no_grad()
+def adam_step(
+    entry: Trained, settings: AdamSettings, *, step: int, rate: float, decay: float, scale: float = 1.0
+) -> None:
+    """One update of a tensor, in blocks of rows.
+
+    Args:
+        step: counts from 1, for the bias corrections.
+        rate: learning rate.
+        decay: AST's lambda, on masked weights.
+        scale: what the gradient is multiplied by (clipping, micro-batches).
+    """
+    if entry.gradient is None:
+        return
+    height = max(1, _BLOCK // max(1, entry.master.shape[1]))
+    for start in range(0, entry.master.shape[0], height):
+        rows = slice(start, start + height)
+        _update_rows(entry, entry.gradient[rows], rows, settings, step, rate, decay, scale)
+        entry.publish(rows)
+    entry.gradient = None
+
+
+def _update_rows(
+    entry: Trained,
+    gradient_BI: Tensor,
+    rows: slice,
+    settings: AdamSettings,
+    step: int,
+    rate: float,
+    decay: float,
+    scale: float,
+) -> None:
+    w, m, v = entry.master[rows], entry.momentum[rows], entry.variance[rows]
+    g = gradient_BI.to(torch.float32) * scale
+    masked = None
+    if entry.mask is not None and decay:
+        masked = torch.where(entry.mask[rows], 0.0, w)
+        if settings.form == "coupled":
+            g.add_(masked, alpha=decay)
+    m.lerp_(g, 1.0 - settings.beta1)
+    u = m
+    if masked is not None and settings.form == "decoupled":
+        u = masked.mul_(decay).add_(m)
+    square = g if settings.form == "coupled" or entry.mask is None else u
+    v.mul_(settings.beta2).addcmul_(square, square, value=1.0 - settings.beta2)
+    root = v.sqrt().div_(math.sqrt(1.0 - settings.beta2**step)).add_(settings.eps)
+    if entry.decays:
+        w.mul_(1.0 - rate * settings.weight_decay)
+    w.addcdiv_(u, root, value=-rate / (1.0 - settings.beta1**step))

@@ -1,0 +1,87 @@
+"""Snapshots of a run: what a killed run needs to go on as if nothing had happened.
+
+A snapshot is a folder of safetensors and one manifest. It is written under a temporary name, flushed to disk, the
+manifest last, and renamed: a folder with its final name is whole. No pickle. The manifest carries the run's identity
+(hashes of model, text and settings), and a run refuses to go on from another one's snapshot.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_MANIFEST, _TENSORS = "manifest.json", "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """The snapshots of one run under `folder`; the last `keep` stay."""
+
+    folder: Path
+    identity: str
+    keep: int = 2
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write one snapshot whole or not at all, then drop the oldest."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        final = self.folder / f"step-{step:08d}"
+        scratch = self.folder / f".{final.name}.part"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / _TENSORS)
+        manifest = {"identity": self.identity, "step": step, **record}
+        (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for name in (_TENSORS, _MANIFEST):
+            _flush(scratch / name)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(scratch, final)
+        _flush(self.folder)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def steps(self) -> list[Path]:
+        """Whole snapshots, oldest first."""
+        return sorted(path.parent for path in self.folder.glob(f"step-*/{_MANIFEST}"))
+
+    def latest(self) -> dict[str, Any] | None:
+        """The newest manifest, or None; raises when it belongs to another run."""
+        found = self.steps()
+        if not found:
+            return None
+        manifest: dict[str, Any] = json.loads((found[-1] / _MANIFEST).read_text())
+        if manifest["identity"] != self.identity:
+            raise ValueError(
+                f"{self.folder} holds a run of another model, text or recipe; give another work folder, "
+                "delete it, or run the command it was started with"
+            )
+        return manifest
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the newest snapshot into `tensors`, which name exactly what was saved."""
+        with safe_open(self.steps()[-1] / _TENSORS, framework="pt") as file:
+            if set(file.keys()) != set(tensors):
+                raise ValueError(f"the snapshot in {self.folder} does not hold the tensors of this run; delete it")
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
+
+    def clear(self) -> None:
+        """Remove the run's snapshots, once its result is safe elsewhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
