@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status. A user's mistake gives one line on standard error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would fill a log with carriage returns
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     command = _COMMANDS.get(arguments[0]) if arguments else None
     try:

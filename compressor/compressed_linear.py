@@ -125,3 +125,13 @@ def tie(head: CompressedLinear, embedding: CompressedEmbedding) -> None:
         del head._buffers[name]
     for name, tensor in embedding.tensors.items():
         head.register_buffer(name, tensor)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(O, I) of an `nn.Linear` or of GPT-2's `Conv1D`, whose weight is stored transposed."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):
+        in_features, out_features = module.weight.shape
+        return out_features, in_features
+    raise ValueError(f"{type(module).__name__} is not a linear layer; accepted: nn.Linear, Conv1D")

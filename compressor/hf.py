@@ -1,4 +1,4 @@
-"""Registers the checkpoint format with transformers: `AutoModelForCausalLM.from_pretrained(OUT)` then works.
+"""Importing this registers the checkpoint format with transformers, for `AutoModelForCausalLM.from_pretrained(OUT)`.
 
 Linears and embeddings that the configuration names become `CompressedLinear` and `CompressedEmbedding` before the
 weights load. The folder's manifest is not checked on this path; `compress verify OUT` does.
@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compressor.compressed_linear import CompressedEmbedding, CompressedLinear, tie
+from compressor.compressed_linear import CompressedEmbedding, CompressedLinear, linear_shape, tie
 from compressor.scheme import QUANT_METHOD, QuantizationConfig
 
 
-class HalfweightConfig(QuantizationConfigMixin):
+class HalfweightConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` block as transformers holds it."""
 
     def __init__(self, **record: Any) -> None:
@@ -29,7 +29,7 @@ class HalfweightConfig(QuantizationConfigMixin):
         return self.parsed.to_dict()
 
 
-class HalfweightQuantizer(HfQuantizer):
+class HalfweightQuantizer(HfQuantizer):  # type: ignore[misc]
     """Swaps modules for packed ones before transformers loads the weights."""
 
     requires_calibration = True
@@ -84,20 +84,6 @@ def tie_head(model: Any) -> None:
         tie(head, embedding)
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(O, I) of an `nn.Linear` or of GPT-2's `Conv1D`, whose weight is stored transposed."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    if type(module).__name__ == "Conv1D" and isinstance(module.weight, torch.Tensor):
-        in_features, out_features = module.weight.shape
-        return out_features, in_features
-    raise ValueError(f"{type(module).__name__} is not a linear layer; accepted: nn.Linear, Conv1D")
-
-
-def register() -> None:
-    """Registers once; later calls do nothing."""
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(HalfweightConfig)
-        register_quantizer(QUANT_METHOD)(HalfweightQuantizer)
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(QUANT_METHOD)(HalfweightConfig)
+    register_quantizer(QUANT_METHOD)(HalfweightQuantizer)

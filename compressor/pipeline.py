@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,23 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from compressor import retraining
 from compressor.calibration import LayerStats, calibrate, weight_of
 from compressor.checkpoint import CheckpointWriter
 from compressor.criteria import CRITERIA
 from compressor.data import TextBlocks, load_text
-from compressor.formats import make_format
+from compressor.formats import QuantizedWeight, make_format
 from compressor.formats.low_rank import pack_low_rank
+from compressor.low_rank import LowRankBranch
 from compressor.masks import n_m_mask
 from compressor.model_card import model_card
 from compressor.models import block_linears, fetch_model, load_model, load_tokenizer
 from compressor.output import OutputFolder
 from compressor.preflight import Plan, check
-from compressor.quantizers import QUANTIZERS
-from compressor.recipe import Recipe
-from compressor.scheme import QuantizationConfig
+from compressor.quantizers import QUANTIZERS, snap
+from compressor.recipe import Recipe, parse_budget
+from compressor.retraining import text_loss
+from compressor.scheme import QuantizationConfig, Scheme
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +61,9 @@ class SparseModel:
     model: Any
     stats: dict[str, LayerStats]
     masks: dict[str, Tensor]
-    low_rank: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    low_rank: dict[str, LowRankBranch] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    """The scales that the last part of retraining saw; packing keeps them, so that what was trained is served."""
 
 
 def compress(name: str, recipe: Recipe, out: str | Path, *, force: bool = False, report: Report) -> Result:
@@ -79,7 +84,7 @@ def compress(name: str, recipe: Recipe, out: str | Path, *, force: bool = False,
         result = Result(output.path, check(folder, recipe, output.path))
         text = read_text(folder, recipe, result)
         sparse = sparsify(load_model(folder), recipe, result.plan, text, report)
-        retrain(sparse, folder, recipe, text, work_folder(output.path), result, report)
+        retrain(sparse, folder, recipe, text, result, report)
         save(sparse, name, recipe, output, result, report)
     shutil.rmtree(work_folder(output.path), ignore_errors=True)
     return result
@@ -125,18 +130,86 @@ def sparsify(model: Any, recipe: Recipe, plan: Plan, text: TextBlocks | None, re
     return SparseModel(model, stats, masks)
 
 
+def retrain(
+    sparse: SparseModel, folder: Path, recipe: Recipe, text: TextBlocks | None, result: Result, report: Report
+) -> None:
+    """Trains the sparse model against the dense one, where the recipe says so; resumes an interrupted run."""
+    if recipe.retraining is None or text is None:
+        return
+    settings, plan = recipe.retraining, result.plan
+    tokens, validation = text.split(settings.validation_blocks)
+    linears = {name: sparse.model.get_submodule(name) for name in sparse.masks}
+    teacher = load_model(folder)
+    dense_loss = text_loss(teacher, validation)
+    outcome = retraining.retrain(
+        sparse.model,
+        teacher,
+        linears,
+        sparse.masks,
+        tokens,
+        parse_budget(settings.budget),
+        loop=settings.loop,
+        settings=settings.ast,
+        method=settings.method,
+        validation=validation,
+        work_dir=work_folder(result.out),
+        snap=lambda name, weight: snap_to_grid(sparse, name, weight, plan.schemes[name], recipe),
+        progress=lambda step, total, metrics: report("retrain", step, total, _shown(metrics)),
+    )
+    sparse.low_rank = outcome.low_rank
+    result.figures |= {
+        "retraining_tokens": outcome.tokens,
+        "retraining_seconds": round(outcome.seconds),
+        "tokens_per_second": round(outcome.tokens_per_second, 1),
+        "precision": outcome.precision,
+        "validation_loss_dense": round(dense_loss, 4),
+        "validation_loss_one_shot": _rounded(outcome.validation_loss_before),
+        "validation_loss_retrained": _rounded(outcome.validation_loss),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _shown(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """The figures worth watching, shortly named."""
+    names = {"total": "loss", "flip_rate": "flips", "tokens_per_second": "tok/s", "learning_rate": "lr"}
+    return {short: metrics[name] for name, short in names.items() if name in metrics}
+
+
+def snap_to_grid(
+    sparse: SparseModel, name: str, weight: Tensor, scheme: Scheme, recipe: Recipe
+) -> Callable[[Tensor, slice], Tensor]:
+    """Fixes a layer's scales as of now; returns what the forward is to see of rows of its weight from then on."""
+    fmt = make_format(scheme)
+    scale = QUANTIZERS[recipe.quantization.quantizer](weight, sparse.stats.get(name), scheme).scale
+    grid = fmt.grid
+    if scale is None or grid is None:
+        return lambda values, _rows: values
+    sparse.scales[name] = scale
+    return lambda values, rows: snap(values, scale[rows], grid).dequantized()
+
+
+def quantize(sparse: SparseModel, name: str, weight: Tensor, scheme: Scheme, recipe: Recipe) -> QuantizedWeight:
+    """A weight on its grid: on the one that it was trained on, if it was."""
+    grid = make_format(scheme).grid
+    if grid is not None and name in sparse.scales:
+        return snap(weight.float(), sparse.scales[name], grid)
+    return QUANTIZERS[recipe.quantization.quantizer](weight, sparse.stats.get(name), scheme)
+
+
 def stored_tensors(sparse: SparseModel, plan: Plan, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint by its stored name, each packed as it is asked for."""
     model, packed = sparse.model, set()
     for name, scheme in plan.schemes.items():
         module = model.get_submodule(name)
         weight = (module.weight if isinstance(module, nn.Embedding) else weight_of(module)).detach()
-        fmt = make_format(scheme)
-        quantized = QUANTIZERS[recipe.quantization.quantizer](weight, sparse.stats.get(name), scheme)
-        for key, tensor in fmt.pack(quantized).items():
+        for key, tensor in make_format(scheme).pack(quantize(sparse, name, weight, scheme, recipe)).items():
             yield f"{name}.{key}", tensor
         if scheme.low_rank is not None:
-            for key, tensor in pack_low_rank(scheme.low_rank, *sparse.low_rank[name]).items():
+            branch = sparse.low_rank[name]
+            for key, tensor in pack_low_rank(scheme.low_rank, branch.s.detach(), branch.x).items():
                 yield f"{name}.{key}", tensor
         packed.add(f"{name}.weight")
     tied = "lm_head.weight" if model.config.tie_word_embeddings else None

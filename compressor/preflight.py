@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from compressor.checkpoint import Checkpoint
+from compressor.compressed_linear import linear_shape
 from compressor.data import ACCEPTED, NAMED
 from compressor.formats import make_format
-from compressor.hf import linear_shape
 from compressor.masks import n_m_mask
 from compressor.models import block_linears, name_of, skeleton
 from compressor.quantizers import QUANTIZERS
@@ -173,11 +173,11 @@ def _seconds(recipe: Recipe, parameters: int) -> float | None:
     """Time of retraining: the budget itself, or its operations over a measured matrix-product rate."""
     if recipe.retraining is None:
         return None
-    unit, amount = parse_budget(recipe.retraining.budget)
-    if unit == "seconds":
-        return amount
+    budget = parse_budget(recipe.retraining.budget)
+    if budget.tokens is None:
+        return budget.seconds
     # Forward and backward of the student (6 per weight and token) and the teacher's forward (2), at a third of peak.
-    return amount * parameters * 8 / (_matmul_rate() / 3)
+    return budget.tokens * parameters * 8 / (_matmul_rate() / 3)
 
 
 def _matmul_rate() -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compressor.criteria import CRITERIA
 from compressor.quantizers import QUANTIZERS
-from compressor.retraining import SETTINGS
+from compressor.retraining import METHODS, AstSettings, Budget, LoopSettings, LowRankSettings
 from compressor.scheme import LowRank, Scheme
 
 RECIPES = files("compressor") / "recipes"
@@ -36,6 +37,17 @@ class _Section(BaseModel):
 
 
 S = TypeVar("S", bound=_Section)
+
+
+def _did_you_mean(given: str, accepted: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, accepted, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _check_name(section: S, key: str, given: str, accepted: Sequence[str]) -> S:
+    if given not in accepted:
+        raise ValueError(f"no {key} {given!r}{_did_you_mean(given, accepted)}; accepted: {', '.join(accepted)}")
+    return section
 
 
 class Text(_Section):
@@ -64,30 +76,30 @@ class Sparsity(_Section):
 
 
 class Retraining(_Section):
-    """How the sparse model is trained. `settings` are those of the method (docs/recipes.md)."""
+    """How the sparse model is trained against the dense one."""
 
     method: str = "ast"
     budget: str = "10m"
     """Wall time (`90s`, `10m`, `2h`) or tokens (`500ktok`, `2Mtok`). Schedules are fractions of it."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    low_rank: LowRank | None = None
-    """The SLoRB branch, if wanted: `segment` (k), `dtype`."""
+    validation_blocks: int = Field(default=16, ge=1)
+    """Blocks of the text that are held out, to measure the loss before and after."""
+    loop: LoopSettings = LoopSettings()
+    """What every method shares: rates, batch, distillation, precision."""
+    ast: AstSettings = AstSettings()
+    """What AST adds: mask decay and refresh, the low-rank branch."""
 
     @model_validator(mode="after")
     def _known(self) -> Retraining:
-        _check_name(self, "method", self.method, list(SETTINGS))
         parse_budget(self.budget)
-        self.typed_settings()
-        return self
+        return _check_name(self, "method", self.method, list(METHODS))
 
-    def typed_settings(self) -> Any:
-        """The method's own settings; raises ValueError for unknown names and bad values."""
-        cls = SETTINGS[self.method]
-        accepted = [name for name in cls.__dataclass_fields__]
-        for name in self.settings:
-            if name not in accepted:
-                raise ValueError(f"settings has no {name!r}{_did_you_mean(name, accepted)}; accepted: {accepted}")
-        return cls(**self.settings)
+    @property
+    def low_rank(self) -> LowRank | None:
+        """The stored form of the low-rank branch."""
+        branch = self.ast.low_rank
+        if branch is None:
+            return None
+        return LowRank(branch.segment, "int8" if branch.int8 else "bfloat16", branch.projection)
 
 
 class Quantization(_Section):
@@ -149,13 +161,15 @@ class Recipe(_Section):
         return self.retraining is not None or (self.sparsity is not None and self.sparsity.criterion != "magnitude")
 
 
-def parse_budget(text: str) -> tuple[Literal["seconds", "tokens"], float]:
-    """`10m` -> ("seconds", 600); `2Mtok` -> ("tokens", 2e6). Raises ValueError for anything else."""
+def parse_budget(text: str) -> Budget:
+    """`10m` is 600 seconds, `2Mtok` two million tokens. Raises ValueError for anything else."""
     match = _BUDGET.fullmatch(text.strip())
     if match is None or float(match[1]) <= 0:
         raise ValueError(f"budget {text!r} is not understood; accepted: 90s, 10m, 2h, 500ktok, 2Mtok, 1Gtok")
     number, unit = float(match[1]), match[2]
-    return ("seconds", number * _SECONDS[unit]) if unit in _SECONDS else ("tokens", number * _TOKENS[unit])
+    if unit in _SECONDS:
+        return Budget(seconds=number * _SECONDS[unit])
+    return Budget(tokens=round(number * _TOKENS[unit]))
 
 
 def recipe_names() -> list[str]:
@@ -216,30 +230,19 @@ def _apply(record: dict[str, Any], override: str) -> None:
 
 def _sentence(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"]) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        section = _section_at(problem["loc"][:-1])
-        accepted = list(section.model_fields) if section is not None else []
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        accepted = _SECTION_KEYS.get(tuple(problem["loc"][:-1]), [])
         return f"unknown key {where!r}{_did_you_mean(str(problem['loc'][-1]), accepted)}; accepted: {accepted}"
     return f"{where}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"[:600]
 
 
-def _section_at(location: Sequence[Any]) -> type[BaseModel] | None:
-    sections: dict[tuple[Any, ...], type[BaseModel]] = {
-        (): Recipe,
-        ("text",): Text,
-        ("sparsity",): Sparsity,
-        ("retraining",): Retraining,
-        ("quantization",): Quantization,
-    }
-    return sections.get(tuple(location))
-
-
-def _did_you_mean(given: str, accepted: Sequence[str]) -> str:
-    close = difflib.get_close_matches(given, accepted, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _check_name(section: S, key: str, given: str, accepted: Sequence[str]) -> S:
-    if given not in accepted:
-        raise ValueError(f"no {key} {given!r}{_did_you_mean(given, accepted)}; accepted: {', '.join(accepted)}")
-    return section
+_SECTION_KEYS: dict[tuple[Any, ...], list[str]] = {
+    (): list(Recipe.model_fields),
+    ("text",): list(Text.model_fields),
+    ("sparsity",): list(Sparsity.model_fields),
+    ("retraining",): list(Retraining.model_fields),
+    ("retraining", "loop"): [field.name for field in fields(LoopSettings)],
+    ("retraining", "ast"): [field.name for field in fields(AstSettings)],
+    ("retraining", "ast", "low_rank"): [field.name for field in fields(LowRankSettings)],
+    ("quantization",): list(Quantization.model_fields),
+}

@@ -16,9 +16,7 @@ _TRIGGER = "transformers.quantizers.auto"
 
 
 def _register() -> None:
-    from compressor.hf import register
-
-    register()
+    import compressor.hf  # noqa: F401  (its import registers; while it is being imported itself, it does so at its end)
 
 
 class _LoadThenRegister(Loader):

@@ -46,6 +46,12 @@ def rtn(weight: Tensor, stats: Any, scheme: Scheme) -> QuantizedWeight:
     return QuantizedWeight(values.to(torch.int8).flatten(1), scale.squeeze(2).to(fmt.dtype))
 
 
+def snap(weight: Tensor, scale: Tensor, grid: tuple[int, int]) -> QuantizedWeight:
+    """Rounds a weight [O, I] with given scales [O, G]."""
+    groups = weight.unflatten(1, (scale.shape[1], -1))
+    return QuantizedWeight(_snap(groups, scale.float()[:, :, None], grid).to(torch.int8).flatten(1), scale)
+
+
 def _snap(groups: Tensor, scale: Tensor, grid: tuple[int, int]) -> Tensor:
     return (groups / scale).round_().clamp_(*grid)
 
