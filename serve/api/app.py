@@ -1,0 +1,249 @@
+"""The routes, and what answers when there is none."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from serve.api import schema
+from serve.api.chat import ChatCompletion, render
+from serve.api.completions import Completion
+from serve.api.errors import APIError, bad_request, error_body, unavailable
+from serve.api.metrics import CONTENT_TYPE
+from serve.api.parsing import read_body
+from serve.api.state import ClientGoneError, ServerState
+from serve.api.streaming import EventStream
+from serve.engine.async_engine import EngineDeadError
+from serve.engine.async_engine import Request as EngineRequest
+
+logger = logging.getLogger(__name__)
+
+PAGE = Path(__file__).with_name("page.html")
+
+
+class Generation(Protocol):
+    """A request that the engine answers: /v1/completions and /v1/chat/completions."""
+
+    async def submit(self) -> EngineRequest: ...
+    async def answer(self, request: EngineRequest) -> dict[str, Any]: ...
+    def chunks(self, request: EngineRequest) -> AsyncGenerator[dict[str, Any]]: ...
+
+
+def package_version() -> str:
+    try:
+        return version("halfweight")
+    except PackageNotFoundError:
+        return "0.0.0"
+
+
+def build_app(state: ServerState) -> FastAPI:
+    app = FastAPI(title="halfweight", version=package_version(), docs_url=None, redoc_url=None)
+    app.state.server = state
+    _add_error_handlers(app)
+    _add_status_routes(app, state)
+    _add_model_routes(app, state)
+    _add_generation_routes(app, state)
+    _add_token_routes(app, state)
+    return app
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": schema.ErrorResponse} for status in statuses}
+
+
+EVERYWHERE = (400, 401, 408, 413, 415, 429, 500, 503, 504)
+
+
+def _takes(kind: type[BaseModel], streams: bool = False) -> dict[str, Any]:
+    """How a route that parses its body itself describes it in the OpenAPI document."""
+    name = kind.__name__
+    body = {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
+    extra: dict[str, Any] = {"requestBody": body}
+    if streams:
+        extra["responses"] = {"200": {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    return extra
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(APIError)
+    async def api_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, APIError)
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        messages = {404: "there is no such route", 405: f"{request.method} is not allowed here"}
+        text = messages.get(error.status_code, str(error.detail))
+        return JSONResponse(error_body(error.status_code, text), error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: Exception) -> Response:
+        return bad_request("the request's path or query is not valid").response()
+
+    @app.exception_handler(ClientGoneError)
+    async def gone(_: Request, error: Exception) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(EngineDeadError)
+    async def dead(_: Request, error: Exception) -> Response:
+        return unavailable(str(error), "engine_dead").response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> Response:
+        return JSONResponse(
+            error_body(500, "the server failed to answer; its log says why", code="internal_error"), 500
+        )
+
+
+def _add_status_routes(app: FastAPI, state: ServerState) -> None:
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(PAGE.read_text("utf-8"))
+
+    @app.get("/health", response_model=schema.StatusResponse, responses=_errors(503))
+    async def health() -> Response:
+        """Whether the server is alive."""
+        if not state.engine.alive:
+            raise unavailable("the engine has failed; restart the server", "engine_dead")
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready", response_model=schema.StatusResponse, responses=_errors(401, 503))
+    async def ready() -> Response:
+        """Whether the server takes new work."""
+        if not (state.ready and state.engine.alive):
+            raise unavailable("the server takes no new work", "not_ready")
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=_errors(401))
+    async def metrics() -> Response:
+        return Response(state.metrics.render(), media_type=CONTENT_TYPE)
+
+    @app.get("/version", response_model=schema.VersionResponse, responses=_errors(401))
+    async def version_() -> Response:
+        return JSONResponse({"version": package_version()})
+
+
+def _add_model_routes(app: FastAPI, state: ServerState) -> None:
+    def card() -> dict[str, Any]:
+        return {
+            "id": state.model_name,
+            "object": "model",
+            "created": state.created,
+            "owned_by": "halfweight",
+            "root": state.folder_name,
+            "max_model_len": state.max_model_len,
+        }
+
+    @app.get("/v1/models", response_model=schema.ModelList, responses=_errors(401, 503))
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [card()]})
+
+    @app.get("/v1/models/{model_id:path}", response_model=schema.ModelCard, responses=_errors(401, 404, 503))
+    async def model(model_id: str) -> Response:
+        state.check_model(model_id)
+        return JSONResponse(card())
+
+
+def _add_generation_routes(app: FastAPI, state: ServerState) -> None:
+    @app.post(
+        "/v1/completions",
+        response_model=schema.CompletionResponse,
+        responses=_errors(*EVERYWHERE, 404),
+        openapi_extra=_takes(schema.CompletionRequest, streams=True),
+    )
+    async def completions(request: Request) -> Response:
+        body = await read_body(request, schema.CompletionRequest)
+        return await _generate(state, request, Completion(state, body), bool(body.stream))
+
+    @app.post(
+        "/v1/chat/completions",
+        response_model=schema.ChatCompletionResponse,
+        responses=_errors(*EVERYWHERE, 404),
+        openapi_extra=_takes(schema.ChatCompletionRequest, streams=True),
+    )
+    async def chat_completions(request: Request) -> Response:
+        body = await read_body(request, schema.ChatCompletionRequest)
+        return await _generate(state, request, ChatCompletion(state, body), bool(body.stream))
+
+    @app.post("/v1/embeddings", responses=_errors(401, 404, 503))
+    async def embeddings() -> Response:
+        raise APIError(404, "this server has a generating model, which gives no embeddings", code="not_supported")
+
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = original()
+        schemas = document["components"]["schemas"]
+        for kind in REQUESTS:
+            definition = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(definition.pop("$defs", {}))
+            schemas[kind.__name__] = definition
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+REQUESTS: tuple[type[BaseModel], ...] = (
+    schema.CompletionRequest,
+    schema.ChatCompletionRequest,
+    schema.TokenizeRequest,
+    schema.DetokenizeRequest,
+)
+
+
+async def _generate(state: ServerState, http: Request, generation: Generation, stream: bool) -> Response:
+    request = await generation.submit()
+    if stream:
+        return EventStream(state, generation.chunks(request), lambda: state.forget(request))
+    try:
+        answer = await state.while_connected(http, generation.answer(request))
+    finally:
+        state.forget(request)
+    return Response(json.dumps(answer, ensure_ascii=False).encode(), media_type="application/json")
+
+
+def _add_token_routes(app: FastAPI, state: ServerState) -> None:
+    @app.post(
+        "/tokenize",
+        response_model=schema.TokenizeResponse,
+        responses=_errors(*EVERYWHERE, 404),
+        openapi_extra=_takes(schema.TokenizeRequest),
+    )
+    async def tokenize(request: Request) -> Response:
+        body = await read_body(request, schema.TokenizeRequest)
+        state.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise bad_request("give either prompt or messages")
+        text, special = body.prompt, body.add_special_tokens is not False
+        if body.messages is not None:
+            messages = [message.for_template() for message in body.messages]
+            text = await render(state, messages, add_generation_prompt=body.add_generation_prompt is not False)
+            special = bool(body.add_special_tokens)
+        tokens = await state.encode(text or "", special)
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": state.max_model_len})
+
+    @app.post(
+        "/detokenize",
+        response_model=schema.DetokenizeResponse,
+        responses=_errors(*EVERYWHERE, 404),
+        openapi_extra=_takes(schema.DetokenizeRequest),
+    )
+    async def detokenize(request: Request) -> Response:
+        body = await read_body(request, schema.DetokenizeRequest)
+        state.check_model(body.model)
+        vocab = state.engine.engine.loaded.config.vocab_size
+        if any(token >= vocab for token in body.tokens):
+            raise bad_request(f"token ids must be below {vocab}, the size of the vocabulary", param="tokens")
+        return JSONResponse({"prompt": state.tokenizer.decode(body.tokens, skip_special_tokens=False)})

@@ -1,0 +1,133 @@
+"""Uvicorn around the routes: signals drain instead of cutting off, and slow senders are shown the door."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serve.api.app import build_app
+from serve.api.limits import Gate, Limits
+from serve.api.metrics import Metrics
+from serve.api.state import ServerState
+from serve.engine.async_engine import AsyncEngine
+from serve.engine.llm_engine import LLMEngine
+from serve.options import ServeOptions
+
+logger = logging.getLogger(__name__)
+
+HEADER_SECONDS = 10.0
+MAX_HEADER_BYTES = 64 * 1024
+IDLE_POLL_SECONDS = 0.02
+
+
+class Server:
+    """One listening socket, one engine."""
+
+    def __init__(self, engine: LLMEngine, options: ServeOptions, listener: socket.socket) -> None:
+        self.options = options
+        self.listener = listener
+        self.engine = AsyncEngine(engine, options.max_queue)
+        limits = Limits(int(options.max_body_mb * 2**20), request_timeout=options.request_timeout)
+        self.state = ServerState(
+            engine=self.engine,
+            model_name=options.model_name,
+            limits=limits,
+            metrics=Metrics(self.engine, options.model_name),
+            folder_name=options.folder.resolve().name,
+        )
+        self.gate = Gate(build_app(self.state), options.api_key, limits)
+        self._uvicorn = _Uvicorn(self._config())
+        self._drainer: asyncio.Task[None] | None = None
+
+    async def run(self) -> int:
+        """Serve until a signal; 0 when everything was answered, 1 when the engine failed."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        self.engine.start()
+        self.state.ready = True
+        await self._uvicorn.serve(sockets=[self.listener])
+        self.engine.stop()
+        return 0 if self.engine.alive else 1
+
+    def _on_signal(self) -> None:
+        if self._drainer is not None:
+            self._uvicorn.should_exit = self._uvicorn.force_exit = True
+            return
+        self.state.ready = False
+        self.gate.draining = True
+        self._drainer = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        """Let open answers finish, for a while; then exit."""
+        if self.engine.num_open:
+            print(f"stopping: {self.engine.num_open} answers are finishing; again to stop now", file=sys.stderr)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.options.shutdown_timeout):
+                while self.engine.num_open and self.engine.alive:
+                    await asyncio.sleep(IDLE_POLL_SECONDS)
+        self._uvicorn.should_exit = True
+
+    def _config(self) -> uvicorn.Config:
+        options = self.options
+        return uvicorn.Config(
+            self.gate,
+            http=DeadlineProtocol,
+            ws="none",
+            lifespan="off",
+            log_level="info" if options.debug else "warning",
+            access_log=options.debug,
+            server_header=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=2,
+            ssl_certfile=options.ssl_certfile,
+            ssl_keyfile=options.ssl_keyfile,
+        )
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the Server's."""
+        yield
+
+
+class DeadlineProtocol(H11Protocol):
+    """Closes connections that take longer than HEADER_SECONDS to send the head of a request."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(HEADER_SECONDS, self._too_slow)
+
+    def data_received(self, data: bytes) -> None:
+        if self._deadline is None and self.conn.their_state is h11.IDLE:
+            self._deadline = self.loop.call_later(HEADER_SECONDS, self._too_slow)
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._cancel_deadline()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_deadline()
+        super().connection_lost(exc)
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_slow(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()

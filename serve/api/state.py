@@ -1,0 +1,123 @@
+"""What the routes share: the engine, the model's name, the limits, and the steps between a request and its outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HTTPRequest
+
+from serve.api.errors import APIError, bad_request, too_many, unavailable
+from serve.api.limits import Limits
+from serve.api.metrics import Metrics
+from serve.engine.async_engine import AsyncEngine, EngineDeadError, QueueFullError, Request
+from serve.engine.sampling_params import SamplingParams
+from serve.engine.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+# Texts shorter than this are tokenized on the spot; longer ones in a worker thread, so that others are served
+# meanwhile.
+SHORT_TEXT = 4096
+MAX_PROMPTS = 2048
+
+
+class ClientGoneError(Exception):
+    """The client hung up; nobody will read an answer."""
+
+
+@dataclass
+class ServerState:
+    engine: AsyncEngine
+    model_name: str
+    limits: Limits
+    metrics: Metrics
+    folder_name: str = ""
+    ready: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.engine.max_model_len
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """The model's generation config; only what it says about sampling."""
+        found = self.engine.engine.loaded.generation_defaults
+        if found.get("do_sample") is False:
+            return {}
+        return {name: found[name] for name in GENERATION_KEYS if isinstance(found.get(name), int | float)}
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name not in (self.model_name, self.folder_name):
+            raise APIError(
+                404,
+                f"the model {name[:80]!r} does not exist; this server has {self.model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if len(text) > self.max_model_len * self.tokenizer.longest_token:
+            raise bad_request(
+                f"the prompt has {len(text)} characters and cannot fit into {self.max_model_len} tokens",
+                code="context_length_exceeded",
+            )
+        if len(text) < SHORT_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+
+    def submit(self, prompts: list[list[int]], params: SamplingParams) -> Request:
+        """Queue a request, or say as HTTP why not."""
+        try:
+            return self.engine.submit(prompts, params)
+        except ValueError as error:
+            code = "context_length_exceeded" if "at most" in str(error) else None
+            raise bad_request(str(error), code=code) from None
+        except QueueFullError as error:
+            raise too_many(str(error)) from None
+        except EngineDeadError as error:
+            raise unavailable(str(error), "engine_dead") from None
+
+    def forget(self, request: Request) -> None:
+        """Free what `request` holds; at its end this does nothing."""
+        self.engine.close(request)
+        self.metrics.forget(request)
+
+    async def while_connected(self, http: HTTPRequest, work: Coroutine[Any, Any, T]) -> T:
+        """`work`'s result; it is cancelled when the client hangs up or the time is over."""
+        task = asyncio.ensure_future(work)
+        gone = asyncio.ensure_future(wait_for_disconnect(http))
+        try:
+            done, _ = await asyncio.wait(
+                {task, gone}, timeout=self.limits.request_timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if task in done:
+                return task.result()
+            if gone in done:
+                raise ClientGoneError
+            raise APIError(504, "the answer was not complete within the server's time limit", code="timeout")
+        finally:
+            for waiting in (task, gone):
+                waiting.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+
+GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+async def wait_for_disconnect(http: HTTPRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"

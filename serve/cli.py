@@ -1,0 +1,102 @@
+"""The `serve` command. Parsing imports nothing heavy, so that `serve --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from serve.options import ServeOptions
+
+EPILOG = """\
+examples:
+  serve OUT                           an OpenAI-compatible endpoint on http://127.0.0.1:8000
+  serve OUT --port 8080 --api-key K   the same elsewhere, for those who have the key
+  serve OUT --check                   load, generate one token, exit 0 if all is well
+  serve chat OUT                      talk with the model here, without a server
+
+A folder that is called chat is written ./chat."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    talks = given[:1] == ["chat"]
+    parser = _parser("serve chat" if talks else "serve", talks)
+    options = _options(vars(parser.parse_args(given[1:] if talks else given)))
+    logging.basicConfig(
+        level=logging.DEBUG if options.debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        options.validate()
+        return _run(options, talks)
+    except (ValueError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(options: ServeOptions, talks: bool) -> int:
+    if talks:
+        from serve.terminal_chat import chat
+
+        return chat(options)
+    from serve.runtimes import find_runtime
+
+    return find_runtime(options.runtime)(options)
+
+
+def _options(values: dict[str, Any]) -> ServeOptions:
+    values["api_key"] = values.get("api_key") or os.environ.get("HALFWEIGHT_API_KEY") or None
+    return ServeOptions(**values)
+
+
+def _parser(program: str, talks: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        program,
+        description="Talk with a model in the terminal." if talks else "Serve a model behind OpenAI's API.",
+        epilog=None if talks else EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("folder", metavar="OUT", type=Path, help="folder that `compress` made, or a Hugging Face one")
+    _add_engine_flags(parser)
+    if not talks:
+        _add_server_flags(parser)
+    return parser
+
+
+def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("engine").add_argument
+    add("--max-model-len", type=int, metavar="N", help="longest prompt and answer together, in tokens")
+    add("--max-num-seqs", type=int, metavar="N", help="sequences computed at once (32)")
+    add("--max-num-batched-tokens", type=int, metavar="N", help="tokens computed in one step (512)")
+    add("--kv-cache-gb", type=float, metavar="GB", help="memory for keys and values (chosen for the machine)")
+    add("--dtype", choices=("bfloat16", "float32"), help="of activations (bfloat16)")
+    add("--threads", type=int, metavar="N", help="threads for computing (all cores)")
+    add("--no-prefix-caching", dest="prefix_caching", action="store_false", help="never reuse computed prompts")
+    add("--eager", action="store_true", help="compute every step without capture or compilation, for debugging")
+    add("--debug", action="store_true", help="log more, and show tracebacks")
+
+
+def _add_server_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("server").add_argument
+    add("--runtime", metavar="NAME", help="what computes: torch (torch)")
+    add("--host", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, metavar="N", help="port to listen on; 0 takes any free one (8000)")
+    add("--served-model-name", metavar="NAME", help="the model's name in the API (the folder's name)")
+    add("--api-key", metavar="KEY", help="demand this key; better given as HALFWEIGHT_API_KEY")
+    add("--insecure", action="store_true", help="allow other machines in without a key")
+    add("--ssl-certfile", type=Path, metavar="FILE", help="certificate, for https")
+    add("--ssl-keyfile", type=Path, metavar="FILE", help="its private key")
+    add("--max-queue", type=int, metavar="N", help="answers that may wait before clients get 429 (512)")
+    add("--max-body-mb", type=float, metavar="MB", help="largest request body (8)")
+    add("--request-timeout", type=float, metavar="S", help="seconds in which an answer must be complete (600)")
+    add("--shutdown-timeout", type=float, metavar="S", help="seconds that open answers get after SIGTERM (30)")
+    add("--check", action="store_true", help="load, generate one token, and exit")

@@ -1,0 +1,129 @@
+"""Settings of the engine, and what they become for a given model and machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve.engine.models.config import ModelConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What a user may set; None means "choose for me".
+
+    Args:
+        kv_cache_gb: memory for keys and values, in GiB. By default what `max_num_seqs` sequences of 2048 tokens need,
+            at most a quarter of the memory that is available, at least one sequence of `max_model_len`.
+        max_model_len: longest prompt and answer together; by default what the model was trained for.
+        max_num_seqs: sequences computed at once.
+        max_num_batched_tokens: tokens computed in one step.
+        max_prefill_beside_decode: prompt tokens computed in a step in which others decode: bounds their stutter.
+        compile: capture decode steps (see `serve.engine.graph`); False computes every step eagerly.
+        dtype: of activations: `bfloat16` or `float32`.
+    """
+
+    kv_cache_gb: float | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_prefill_beside_decode: int = 128
+    block_size: int = 16
+    prefix_caching: bool = True
+    compile: bool = True
+    dtype: str = "bfloat16"
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_prefill_beside_decode", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running sequence computes one token a step"
+            )
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
+        if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb < 1e6:
+            raise ValueError(f"kv_cache_gb must be a positive number of GiB, got {self.kv_cache_gb}")
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """How the KV cache is cut."""
+
+    num_blocks: int
+    block_size: int
+    bytes_per_block: int
+    max_model_len: int
+    note: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.bytes_per_block
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        return -(-self.max_model_len // self.block_size)
+
+
+def plan_cache(engine: EngineConfig, model: ModelConfig) -> CachePlan:
+    """Blocks of the KV cache and the longest sequence, so that one such sequence always fits."""
+    element = 2 if engine.dtype == "bfloat16" else 4
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * element
+    per_block = per_token * engine.block_size
+    longest = _longest(engine, model)
+    budget = _budget(engine, per_token, longest)
+    num_blocks = max(budget // per_block, 1)
+    fits = num_blocks * engine.block_size
+    if fits >= longest:
+        return CachePlan(num_blocks, engine.block_size, per_block, longest)
+    if engine.max_model_len is not None:
+        raise ValueError(
+            f"the KV cache holds {fits} tokens ({budget / GIB:.2f} GiB), but --max-model-len is {longest}: "
+            f"give --kv-cache-gb {longest * per_token / GIB:.2f} or more, or lower --max-model-len"
+        )
+    note = f"limited to {fits} tokens of context by the KV cache; --kv-cache-gb raises it"
+    return CachePlan(num_blocks, engine.block_size, per_block, fits, note)
+
+
+def _longest(engine: EngineConfig, model: ModelConfig) -> int:
+    limit = min(model.max_positions, model.sliding_window or model.max_positions)
+    if engine.max_model_len is None:
+        return limit
+    if not 2 <= engine.max_model_len <= limit:
+        raise ValueError(f"--max-model-len is {engine.max_model_len}, but this model takes 2 to {limit} tokens")
+    return engine.max_model_len
+
+
+def _budget(engine: EngineConfig, per_token: int, longest: int) -> int:
+    if engine.kv_cache_gb is not None:
+        return int(engine.kv_cache_gb * GIB)
+    wanted = per_token * max(engine.max_num_seqs * min(longest, 2048), longest)
+    return min(wanted, available_memory() // 4)
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping, by the kernel's own estimate, within this process's cgroup."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        try:
+            available = min(available, int(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return available
+
+
+def cache_folder() -> Path:
+    """Where compiled code and downloads are kept between runs."""
+    given = os.environ.get("HALFWEIGHT_CACHE")
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "halfweight"

@@ -1,0 +1,78 @@
+"""Runs the decoder over what the scheduler chose: builds the step's tensors, computes, and gives the logits to sample
+from.
+
+Shapes: T tokens of the step, S sequences, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serve.engine.config import CachePlan
+from serve.engine.models.decoder import Decoder, StepInputs
+from serve.engine.scheduler import Scheduled
+
+logger = logging.getLogger(__name__)
+
+# Rows of logits computed at once when a whole prompt is scored: bounds memory at 64 rows of the vocabulary.
+SCORED_ROWS = 64
+
+
+class ModelRunner:
+    def __init__(self, model: Decoder, plan: CachePlan) -> None:
+        self.model = model
+        self.plan = plan
+        config = model.config
+        shape = (plan.num_blocks, plan.block_size, config.num_kv_heads, config.head_dim)
+        # Not zeroed: the pages cost memory only once they are used.
+        self.k_caches = [torch.empty(shape, dtype=model.dtype) for _ in range(config.num_layers)]
+        self.v_caches = [torch.empty(shape, dtype=model.dtype) for _ in range(config.num_layers)]
+
+    @torch.inference_mode()
+    def run(self, step: list[Scheduled]) -> Tensor:
+        """Hidden states [T, C] of the step's tokens, in the order of `step`."""
+        hidden_TC: Tensor = self.model(self.build_inputs(step), self.k_caches, self.v_caches)
+        return hidden_TC
+
+    @torch.inference_mode()
+    def sample_logits(self, hidden_TC: Tensor, step: list[Scheduled]) -> Tensor:
+        """Logits [S', V] of the last token of every sequence that samples in this step."""
+        ends = np.cumsum([item.count for item in step]) - 1
+        rows = [int(end) for end, item in zip(ends, step, strict=True) if item.samples]
+        if len(rows) < hidden_TC.shape[0]:
+            hidden_TC = hidden_TC[rows]
+        return self.model.logits(hidden_TC)
+
+    @torch.inference_mode()
+    def prompt_logits(self, hidden_TC: Tensor, offset: int, count: int) -> list[Tensor]:
+        """Logits of `count` rows from `offset`, some rows at a time."""
+        rows = hidden_TC[offset : offset + count]
+        return [self.model.logits(part) for part in rows.split(SCORED_ROWS)]
+
+    def build_inputs(self, step: list[Scheduled]) -> StepInputs:
+        total = sum(item.count for item in step)
+        size = self.plan.block_size
+        token_ids = np.empty(total, np.int64)
+        positions = np.empty(total, np.int64)
+        slots = np.empty(total, np.int64)
+        width = max(len(item.seq.block_table) for item in step)
+        tables = np.zeros((len(step), width), np.int32)
+        starts = np.zeros(len(step) + 1, np.int32)
+        contexts = np.empty(len(step), np.int32)
+        at = 0
+        for i, item in enumerate(step):
+            seq, end = item.seq, item.start + item.count
+            tables[i, : len(seq.block_table)] = seq.block_table
+            token_ids[at : at + item.count] = seq.tokens[item.start : end]
+            place = np.arange(item.start, end)
+            positions[at : at + item.count] = place
+            slots[at : at + item.count] = tables[i, place // size] * np.int64(size) + place % size
+            at += item.count
+            starts[i + 1] = at
+            contexts[i] = end
+        arrays = (token_ids, positions, slots, tables, starts, contexts)
+        return StepInputs(*map(torch.from_numpy, arrays))

@@ -1,0 +1,177 @@
+"""Text to tokens and back, and the chat template, with `tokenizers` and `jinja2` alone.
+
+Importing transformers would take longer than loading the model; it is asked only for folders without `tokenizer.json`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer as FastTokenizer
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+class ChatTemplateError(ValueError):
+    """The messages do not suit the model's chat template."""
+
+
+class Tokenizer:
+    def __init__(self, fast: FastTokenizer, special: Mapping[str, str], chat_template: str | None) -> None:
+        self.fast = fast
+        self.special = dict(special)
+        self.chat_template = chat_template
+        fast.no_truncation()
+        fast.no_padding()
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise ValueError(
+                f"{folder.name} has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); "
+                "copy the tokenizer files of the model into the folder"
+            )
+        config = read_json(folder / "tokenizer_config.json")
+        special = {name: text for name, value in config.items() if (text := _token_text(name, value)) is not None}
+        return cls(_load_fast(folder), special, _chat_template(folder, config))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self.fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: no text of n tokens is longer than n times this."""
+        return max(map(len, self.fast.get_vocab(with_added_tokens=True)), default=1)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        text: str = self.fast.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_text(self, token: int) -> str:
+        """The text of one token by itself, as log-probabilities show it."""
+        return self.decode([token], skip_special_tokens=False)
+
+    def token_id(self, text: str) -> int | None:
+        found: int | None = self.fast.token_to_id(text)
+        return found
+
+    @cached_property
+    def eos_token_id(self) -> int | None:
+        text = self.special.get("eos_token")
+        return None if text is None else self.token_id(text)
+
+    @cached_property
+    def _template(self) -> Template:
+        if self.chat_template is None:
+            raise ChatTemplateError(
+                "this model has no chat template; use /v1/completions, or put a chat_template.jinja into its folder"
+            )
+        template: Template = _environment().from_string(self.chat_template)
+        return template
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special,
+                **variables,
+            )
+        except (TemplateError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise ChatTemplateError(f"the model's chat template refused the messages: {error}") from error
+
+    def encode_chat(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
+        """Tokens of a conversation; the template writes the special tokens itself."""
+        return self.encode(self.render_chat(messages, **variables), add_special_tokens=False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path.name} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} must hold a JSON object, but holds a {type(found).__name__}")
+    return found
+
+
+def _token_text(name: str, value: Any) -> str | None:
+    if not name.endswith("_token"):
+        return None
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _load_fast(folder: Path) -> FastTokenizer:
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for every fault of the file
+            raise ValueError(f"tokenizer.json of {folder.name} cannot be read: {error}") from error
+    from transformers import AutoTokenizer
+
+    slow = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    fast: FastTokenizer = slow.backend_tokenizer
+    return fast
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text("utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones: the default is the one to talk with
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _environment() -> Any:
+    """Templates come with the checkpoint, so they run in a sandbox; trimming as transformers does."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)

@@ -1,0 +1,191 @@
+"""From a checkpoint folder to a decoder, layer by layer, in whatever format each module is stored.
+
+Each linear is read, fused with its neighbours, and brought into its kernel's layout before the next one is read, so
+that memory never holds more than the model and one linear. No packed weight is ever dequantised as a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.checkpoint import Checkpoint
+from compressor.compressed_linear import CompressedEmbedding, CompressedLinear, PackedModule, tie
+from serve.engine.models.config import ModelConfig, parse_config
+from serve.engine.models.decoder import MLP, Attention, Decoder, DecoderLayer, Norm
+from serve.engine.models.rotary import rotary_table
+from serve.engine.tokenizer import read_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    config: ModelConfig
+    decoder: Decoder
+    formats: tuple[str, ...]
+    eos_token_ids: frozenset[int]
+    generation_defaults: dict[str, Any]
+
+    @property
+    def weight_bytes(self) -> int:
+        seen: dict[int, int] = {}
+        for name, buffer in self.decoder.named_buffers():
+            if name != "cos_sin":
+                storage = buffer.untyped_storage()
+                seen[storage.data_ptr()] = storage.nbytes() if _owned(buffer) else buffer.nbytes
+        return sum(seen.values())
+
+
+class PlainLinear(nn.Module):
+    """A linear that the checkpoint stores plainly: the dense baseline, and the reference in float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class PlainEmbedding(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.register_buffer("weight", weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+def load_model(folder: Path, dtype: str = "bfloat16") -> LoadedModel:
+    """Read `folder`; ValueError says what is wrong with it."""
+    checkpoint = Checkpoint.open(folder)
+    config = parse_config(checkpoint.config)
+    loader = _Loader(checkpoint, config, getattr(torch, dtype))
+    decoder = loader.decoder().eval()
+    generation = read_json(folder / "generation_config.json")
+    return LoadedModel(
+        config=config,
+        decoder=decoder,
+        formats=tuple(sorted(loader.formats)),
+        eos_token_ids=_eos(generation.get("eos_token_id", checkpoint.config.get("eos_token_id")), config.vocab_size),
+        generation_defaults=generation,
+    )
+
+
+def _owned(buffer: Tensor) -> bool:
+    return buffer.untyped_storage().nbytes() <= 2 * buffer.nbytes
+
+
+def _eos(value: Any, vocab_size: int) -> frozenset[int]:
+    ids = value if isinstance(value, list) else [value]
+    return frozenset(i for i in ids if isinstance(i, int) and 0 <= i < vocab_size)
+
+
+class _Loader:
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.checkpoint, self.config, self.dtype = checkpoint, config, dtype
+        self.stored = frozenset(checkpoint.names())
+        self.formats: set[str] = set()
+        # The hub's GPT-2 and OPT were saved without their head, and so without the outermost name.
+        base = config.names.embed.split(".")[0] + "."
+        self.strip = "" if any(name.startswith(base) for name in self.stored) else base
+
+    def decoder(self) -> Decoder:
+        config, names = self.config, self.config.names
+        embed = self._embedding(self._name(names.embed))
+        head = self._head(embed)
+        layers = [self._layer(i) for i in range(config.num_layers)]
+        table = None if config.rope is None else rotary_table(config.rope, config.head_dim, config.max_positions)
+        positions = None if names.positions is None else self._tensor(self._name(names.positions) + ".weight")
+        norm = self._norm(self._name(names.final_norm))
+        return Decoder(config, embed, positions, layers, norm, head, table, self.dtype)
+
+    def _layer(self, i: int) -> DecoderLayer:
+        config, names = self.config, self.config.names
+        at = self._name(names.layer.format(i=i))
+        rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        inner = config.intermediate_size * (2 if config.gated_mlp else 1)
+        qkv = self._linear([f"{at}.{q}" for q in names.q], config.hidden_size, rows, config.qkv_bias)
+        o = self._linear([f"{at}.{names.o}"], config.num_heads * config.head_dim, config.hidden_size, config.o_bias)
+        up = self._linear([f"{at}.{up}" for up in names.up], config.hidden_size, inner, config.mlp_bias)
+        down = self._linear([f"{at}.{names.down}"], config.intermediate_size, config.hidden_size, config.mlp_bias)
+        q_norm = self._norm(f"{at}.{names.q_norm}") if config.qk_norm else None
+        k_norm = self._norm(f"{at}.{names.k_norm}") if config.qk_norm else None
+        return DecoderLayer(
+            self._norm(f"{at}.{names.attention_norm}"),
+            Attention(config, qkv, o, q_norm, k_norm),
+            self._norm(f"{at}.{names.mlp_norm}"),
+            MLP(config, up, down),
+        )
+
+    def _name(self, name: str) -> str:
+        return name.removeprefix(self.strip) if self.strip else name
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(name).to(self.dtype).contiguous()
+
+    def _norm(self, name: str) -> Norm:
+        bias = None if self.config.rms_norm else self._tensor(f"{name}.bias")
+        return Norm(self._tensor(f"{name}.weight"), bias, self.config.norm_eps, self.config.rms_norm)
+
+    def _linear(self, names: list[str], in_features: int, out_features: int, bias: bool) -> nn.Module:
+        scheme = self.checkpoint.scheme_of(names[0])
+        tensors = self.checkpoint.linear(names)
+        if bias != ("bias" in tensors):
+            raise ValueError(f"{names[0]} {'lacks' if bias else 'has'} a bias, which config.json does not say")
+        if scheme is None:
+            weight = tensors["weight"]
+            if self.config.conv1d and names[0] != self.config.names.lm_head:  # GPT-2 stores its linears as [in, out]
+                weight = weight.t()
+            weight = self._plain(names[0], weight, (out_features, in_features))
+            return PlainLinear(weight, tensors["bias"].to(self.dtype) if bias else None)
+        if bias:
+            tensors["bias"] = tensors["bias"].to(getattr(torch, scheme.dtype))
+        return self._filled(CompressedLinear(in_features, out_features, scheme, bias=bias), names[0], tensors)
+
+    def _embedding(self, name: str) -> nn.Module:
+        config, scheme = self.config, self.checkpoint.scheme_of(name)
+        tensors = self.checkpoint.module(name)
+        if scheme is None:
+            return PlainEmbedding(self._plain(name, tensors["weight"], (config.vocab_size, config.hidden_size)))
+        return self._filled(CompressedEmbedding(config.vocab_size, config.hidden_size, scheme), name, tensors)
+
+    def _plain(self, name: str, weight: Tensor, shape: tuple[int, int]) -> Tensor:
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}, but config.json says {shape}")
+        self.formats.add("dense")
+        return weight.to(self.dtype).contiguous()
+
+    def _head(self, embed: nn.Module) -> nn.Module:
+        config, name = self.config, self.config.names.lm_head
+        if any(stored.startswith(f"{name}.") for stored in self.stored) and not config.tied:
+            return self._linear([name], config.hidden_size, config.vocab_size, bias=False)
+        if not config.tied:
+            raise ValueError(f"the checkpoint has no {name}, and config.json does not tie it to the embedding")
+        if isinstance(embed, PlainEmbedding):
+            return PlainLinear(embed.get_buffer("weight"), None)
+        assert isinstance(embed, CompressedEmbedding)
+        with torch.device("meta"):
+            head = CompressedLinear(config.hidden_size, config.vocab_size, embed.scheme)
+        tie(head, embed)
+        return head
+
+    def _filled(self, module: PackedModule, name: str, tensors: dict[str, Tensor]) -> PackedModule:
+        try:
+            module.assign(tensors)
+        except ValueError as error:
+            raise ValueError(f"{name} does not fit config.json: {error}") from None
+        module.prepare()
+        self.formats.add(module.scheme.format)
+        return module

@@ -1,0 +1,104 @@
+"""The embedded runtime: our own engine in this process, behind uvicorn.
+
+The port is taken first, so that a port in use costs nothing; then the web framework is imported while torch is, and
+the model loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from serve.options import ServeOptions
+
+if TYPE_CHECKING:
+    from serve.engine.llm_engine import LLMEngine
+
+WEB_MODULES = ("fastapi", "uvicorn", "jinja2.sandbox", "serve.api.schema")
+
+
+def serve(options: ServeOptions) -> int:
+    """Load, test, serve until told to stop; returns the exit status."""
+    began = time.perf_counter()
+    if options.check:
+        return _check(options)
+    with contextlib.closing(_bind(options.host, options.port)) as listener:
+        web = threading.Thread(target=lambda: [import_module(name) for name in WEB_MODULES], daemon=True)
+        web.start()
+        engine = load_engine(options)
+        engine.self_test()
+        web.join()
+        from serve.api.server import Server
+
+        server = Server(engine, options, listener)
+        _print_summary(options, engine, listener, time.perf_counter() - began)
+        return asyncio.run(server.run())
+
+
+def load_engine(options: ServeOptions) -> LLMEngine:
+    from serve.engine.config import EngineConfig
+    from serve.engine.llm_engine import LLMEngine
+
+    config = EngineConfig(
+        kv_cache_gb=options.kv_cache_gb,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_num_seqs),
+        prefix_caching=options.prefix_caching,
+        compile=not options.eager,
+        dtype=options.dtype,
+        num_threads=options.threads,
+    )
+    return LLMEngine.from_folder(options.folder, config)
+
+
+def _check(options: ServeOptions) -> int:
+    from serve.engine.sampling_params import SamplingParams
+
+    engine = load_engine(options)
+    engine.self_test()
+    [output] = engine.generate([[0]], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
+    print(f"{options.model_name}: loaded, {engine.weight_bytes / 1e6:.1f} MB of weights, generated {output.token_ids}")
+    return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    return listener
+
+
+def _print_summary(options: ServeOptions, engine: LLMEngine, listener: socket.socket, seconds: float) -> None:
+    from compressor import kernels
+
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    url = f"{'https' if options.ssl_certfile else 'http'}://{host}:{listener.getsockname()[1]}"
+    tokens = engine.plan.num_blocks * engine.plan.block_size
+    lines = {
+        "model": f"{options.model_name} ({engine.loaded.config.architecture})",
+        "format": ", ".join(engine.loaded.formats) or engine.config.dtype,
+        "kernel": kernels.describe(),
+        "weights": f"{engine.weight_bytes / 1e6:.1f} MB in memory",
+        "cache": f"{engine.kv_cache_bytes / 1e6:.0f} MB at most, {tokens} tokens",
+        "context": f"{engine.max_model_len} tokens" + (f", {engine.plan.note}" if engine.plan.note else ""),
+        "ready in": f"{seconds:.1f} s",
+        "url": url,
+    }
+    print("\n".join(f"{name:>9}  {value}" for name, value in lines.items()))
+    key = ' -H "Authorization: Bearer $HALFWEIGHT_API_KEY"' if options.api_key else ""
+    body = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}'
+    print(
+        f"\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'\n", flush=True
+    )

@@ -1,0 +1,155 @@
+"""The decoder against transformers' own models: logits, greedy tokens, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve.engine.llm_engine import LLMEngine, NotFiniteError
+from serve.engine.models.config import ARCHITECTURES, Rope, parse_config
+from serve.engine.models.rotary import rotary_table
+from serve.engine.sampling_params import SamplingParams
+from serve.engine.scheduler import Scheduled
+from serve.engine.sequence import Sequence
+
+Folder = Callable[[str], Path]
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
+PROMPT = [5, 77, 130, 9, 260, 42, 18, 300, 7, 7, 91, 200, 33, 12, 64, 250, 111, 3, 99]
+
+
+def engine_logits(engine: LLMEngine, tokens: list[int]) -> torch.Tensor:
+    """Logits [T, V] of every position, in one step."""
+    seq = Sequence(tokens, SamplingParams(prompt_logprobs=0))
+    assert engine.blocks.extend(seq, len(tokens))
+    hidden = engine.runner.run([Scheduled(seq, 0, len(tokens))])
+    engine.blocks.free(seq)
+    return torch.cat(engine.runner.prompt_logits(hidden, 0, len(tokens)))
+
+
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(tiny_folder: Folder, family: str) -> None:
+    folder = tiny_folder(family)
+    engine = LLMEngine.from_folder(folder, dtype="float32", kv_cache_gb=0.01, compile=False)
+    with torch.inference_mode():
+        expected = reference(folder)(torch.tensor([PROMPT])).logits[0]
+    torch.testing.assert_close(engine_logits(engine, PROMPT), expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers(tiny_folder: Folder, family: str) -> None:
+    folder = tiny_folder(family)
+    engine = LLMEngine.from_folder(folder, dtype="float32", kv_cache_gb=0.01, compile=False)
+    params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    [output] = engine.generate([PROMPT], params)
+    model = reference(folder)
+    expected = model.generate(
+        torch.tensor([PROMPT]), max_new_tokens=24, min_new_tokens=24, do_sample=False, eos_token_id=None
+    )
+    assert output.token_ids == expected[0, len(PROMPT) :].tolist()
+
+
+def test_bfloat16_is_near_float32(tiny_folder: Folder) -> None:
+    exact = LLMEngine.from_folder(tiny_folder("llama"), dtype="float32", kv_cache_gb=0.01, compile=False)
+    fast = LLMEngine.from_folder(tiny_folder("llama"), kv_cache_gb=0.01, compile=False)
+    error = (engine_logits(fast, PROMPT) - engine_logits(exact, PROMPT)).abs().max()
+    assert error < 0.05 * engine_logits(exact, PROMPT).abs().max()
+    assert fast.weight_bytes * 2 == exact.weight_bytes
+
+
+def test_hub_names_without_prefix(tiny_folder: Folder, tmp_path: Path) -> None:
+    """The hub's gpt2 says `wte.weight` where transformers writes `transformer.wte.weight`."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny_folder("gpt2"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("transformer."): t for name, t in tensors.items()}, folder / "model.safetensors")
+    bare = LLMEngine.from_folder(folder, dtype="float32", kv_cache_gb=0.01, compile=False)
+    whole = LLMEngine.from_folder(tiny_folder("gpt2"), dtype="float32", kv_cache_gb=0.01, compile=False)
+    assert torch.equal(engine_logits(bare, PROMPT), engine_logits(whole, PROMPT))
+
+
+def test_llama3_rotary_equals_transformers() -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=1, max_position_embeddings=2048, rope_parameters=parameters
+    )
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    table = rotary_table(Rope(500000.0, "llama3", parameters), 64, 2048)
+    expected = torch.outer(torch.arange(2048.0), frequencies)
+    torch.testing.assert_close(table, torch.cat((expected.cos(), expected.sin()), -1), atol=5e-4, rtol=0)
+
+
+def test_unknown_architecture_lists_what_is_served() -> None:
+    with pytest.raises(ValueError, match="unsupported architecture FooForCausalLM") as caught:
+        parse_config({"architectures": ["FooForCausalLM"]})
+    assert all(name in str(caught.value) for name in ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "relu6"}, "activation"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary scaling"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_unserved_variants_are_refused(tiny_folder: Folder, change: dict[str, object], message: str) -> None:
+    config = json.loads((tiny_folder("llama") / "config.json").read_text()) | change
+    config = {key: value for key, value in config.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        parse_config(config)
+
+
+def test_wrong_sizes_are_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = tmp_path / "wrong"
+    shutil.copytree(tiny_folder("llama"), folder)
+    config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 120}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        LLMEngine.from_folder(folder, kv_cache_gb=0.01, compile=False)
+
+
+def test_missing_weight_and_tokenizer_are_refused(tiny_folder: Folder, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "incomplete"
+    shutil.copytree(tiny_folder("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="down_proj"):
+        LLMEngine.from_folder(folder, kv_cache_gb=0.01, compile=False)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer"):
+        LLMEngine.from_folder(folder, kv_cache_gb=0.01, compile=False)
+
+
+def test_self_test_refuses_not_finite_weights(tiny_folder: Folder) -> None:
+    engine = LLMEngine.from_folder(tiny_folder("llama"), dtype="float32", kv_cache_gb=0.01, compile=False)
+    engine.self_test()
+    engine.loaded.decoder.norm.get_buffer("weight")[3] = float("nan")
+    with pytest.raises(NotFiniteError, match="self-test"):
+        engine.self_test()
+    assert engine.blocks.num_used == 0
