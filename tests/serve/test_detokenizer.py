@@ -1,0 +1,95 @@
+"""Text comes in whole characters and never shows a part of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.engine.detokenizer import TextStream
+
+
+class Bytes:
+    """A decoder whose tokens are bytes."""
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
+        return bytes(tokens).decode("utf-8", "replace")
+
+
+def pieces(text: str, stop: tuple[str, ...] = (), include: bool = False) -> tuple[list[str], TextStream]:
+    stream = TextStream(Bytes(), list(b"before: "), stop, include)
+    out = []
+    for token in text.encode():
+        out.append(stream.push(token))
+        if stream.stopped_by is not None:
+            return out, stream
+    return [*out, stream.finish()], stream
+
+
+@given(st.text(max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_pieces_join_to_the_text(text: str) -> None:
+    out, stream = pieces(text)
+    assert "".join(out) == text == stream.text
+
+
+def test_no_piece_holds_half_a_character() -> None:
+    out, _ = pieces("a☕é日本🎉b")
+    assert "\ufffd" not in "".join(out)
+    assert [piece for piece in out if piece] == list("a☕é日本🎉b")
+
+
+def test_a_cut_character_shows_at_the_end() -> None:
+    stream = TextStream(Bytes(), [])
+    assert stream.push("☕".encode()[0]) == ""
+    assert stream.finish() == "\ufffd"
+
+
+def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
+    stream = TextStream(Bytes(), [])
+    out = [stream.push(0x80) for _ in range(40)]
+    assert sum(map(len, out)) >= 30
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown", "by"),
+    [
+        ("hello world", ("o w",), "hell", "o w"),
+        ("aaab", ("aab",), "a", "aab"),
+        ("one two three", ("three", "two"), "one ", "two"),
+        ("no stop here", ("xyz",), "no stop here", None),
+        ("ends with th", ("the",), "ends with th", None),
+        ("日本語", ("本",), "日", "本"),
+    ],
+)
+def test_stop_strings(text: str, stop: tuple[str, ...], shown: str, by: str | None) -> None:
+    out, stream = pieces(text, stop)
+    assert "".join(out) == shown == stream.text
+    assert stream.stopped_by == by
+
+
+def test_stop_string_may_be_included() -> None:
+    out, _ = pieces("hello world", ("o w",), include=True)
+    assert "".join(out) == "hello w"
+
+
+@given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_stop_equals_a_cut_of_the_whole_text(text: str, stop: str) -> None:
+    out, _ = pieces(text, (stop,))
+    assert "".join(out) == text.partition(stop)[0]
+
+
+def test_with_a_real_tokenizer(tiny_folder: Callable[[str], Path]) -> None:
+    from serve.engine.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(tiny_folder("llama"))
+    text = "The quick brown 🦊 jumps — naïvely — over 犬."
+    tokens = tokenizer.encode(text)
+    stream = TextStream(tokenizer, tokenizer.encode("Once upon"))
+    out = [stream.push(token) for token in tokens]
+    assert "".join(out) + stream.finish() == text
+    assert not any("\ufffd" in piece for piece in out)
