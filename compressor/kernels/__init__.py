@@ -1,0 +1,35 @@
+"""CPU kernels: linears over packed weights, and the steps around them, as torch operators.
+
+One module per operator; the C++ is under `csrc/`. `docs/kernels.md` tells the layout and the figures.
+"""
+
+from __future__ import annotations
+
+from compressor.kernels.library import library
+
+
+def available() -> bool:
+    """Whether the compiled kernels can be used in this process."""
+    return library() is not None
+
+
+def isa() -> str:
+    """The instruction set in use (`amx`, `avx512_vnni`, `avx512`, `avx2_vnni`, `avx2`, `neon`, `scalar`) or `torch`.
+
+    The environment variable HALFWEIGHT_ISA forces one; it is read once, when the kernels load.
+    """
+    loaded = library()
+    return "torch" if loaded is None else loaded.halfweight_isa().decode()
+
+
+def supported_isas() -> list[str]:
+    """What HALFWEIGHT_ISA accepts on this machine, best first; empty without the compiled kernels."""
+    loaded = library()
+    return [] if loaded is None else loaded.halfweight_supported_isas().decode().split(",")
+
+
+def describe() -> str:
+    """One line for people: which kernels run here."""
+    if not available():
+        return "no compiled kernels: packed weights are unpacked for torch"
+    return f"CPU kernels with {isa()} (this machine also has {', '.join(supported_isas())})"

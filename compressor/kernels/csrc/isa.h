@@ -1,0 +1,20 @@
+// Included last by every isa_*.cpp, after its simd_*.h: fills the table.
+#pragma once
+#include "elementwise.h"
+
+namespace halfweight {
+namespace {
+
+constexpr Kernels make_kernels(const char* name) {
+  Kernels k{};
+  k.name = name;
+  k.unsigned_x = Simd::kUnsignedX;
+  k.to_float = to_float;
+  k.quantise = quantise;
+  k.linear_int8 = linear_int8;
+  k.linear_float = linear_float;
+  return k;
+}
+
+}  // namespace
+}  // namespace halfweight

@@ -1,0 +1,8 @@
+#define HW_VNNI
+#include "simd_avx2.h"
+#include "isa.h"
+
+namespace halfweight {
+static constexpr Kernels table = make_kernels("avx2_vnni");
+const Kernels* const kAvx2Vnni = &table;
+}  // namespace halfweight

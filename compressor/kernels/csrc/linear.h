@@ -1,0 +1,161 @@
+// The linears of one instruction set, over row blocks [begin, end): formats.h in loops over groups, tokens and blocks.
+// A row's sum is always formed in the same order, so results depend neither on the number of threads nor on the batch's split.
+#pragma once
+#include "formats.h"
+#include "halves.h"
+#include "kernels.h"
+
+namespace halfweight {
+namespace {
+
+constexpr int kParts = kRows / Simd::kLanes;  // registers per vector of the layout
+constexpr int kPrefetch = 4096;               // bytes ahead; half as fast from memory without it
+
+HW_INLINE Float load_halves(const uint16_t* p, Half half) {
+  return half == Half::bf16 ? Simd::load_bf16(p) : Simd::load_fp16(p);
+}
+
+template <int bytes> HW_INLINE void prefetch_chunk(const uint8_t* p) {
+  for (int i = 0; i < bytes; i += 64) Simd::prefetch(p + kPrefetch + i);
+}
+
+// out[t][row] = sum over groups of scale(row) * scale(t) * (integer dot product)
+template <class F, int T> void int8_tile(const Weight& w, const Activations& a, int block, int token, float* out) {
+  const uint8_t* chunks = w.chunks(block);
+  const uint16_t* scales = w.scales(block);
+  const float* token_scales = a.scales + static_cast<int64_t>(token) * a.groups;
+  Float total[kParts][T];
+  for (auto& part : total) for (Float& v : part) v = Simd::fzero();
+  for (int g = 0, begin = 0; g < w.groups; ++g, scales += w.scale_stride) {
+    const int end = w.group_end(g);
+    for (int part = 0; part < kParts; ++part) {
+      Dots<T> dots;
+      dots.clear();
+      for (int c = begin; c < end; ++c) {
+        const uint8_t* p = chunks + static_cast<int64_t>(c) * F::kBytes;
+        if (part == 0) prefetch_chunk<F::kBytes>(p);
+        F::template dot<T>(p + part * Simd::kBytes, {a.quantised + static_cast<int64_t>(token) * a.columns + c * kChunk, a.columns}, dots);
+      }
+      const Float scale = load_halves(scales + part * Simd::kLanes, w.half);
+      const Int offset = dots.offset();
+      for (int t = 0; t < T; ++t) {
+        const Float sum = Simd::to_float(Simd::sub(dots.total(t), offset));
+        total[part][t] = Simd::fma(sum, Simd::mul(scale, Simd::fset1(token_scales[t * a.groups + g])), total[part][t]);
+      }
+    }
+    begin = end;
+  }
+  for (int t = 0; t < T; ++t)
+    for (int part = 0; part < kParts; ++part) {
+      float* o = out + t * kRows + part * Simd::kLanes;
+      Simd::fstore(o, Simd::fadd(Simd::fload(o), total[part][t]));
+    }
+}
+
+// The same from float activations and exact weights.
+template <class F, int T> void float_tile(const Weight& w, const Activations& a, int block, int token, float* out) {
+  const uint8_t* chunks = w.chunks(block);
+  const uint16_t* scales = w.scales(block);
+  Float total[kParts][T];
+  for (auto& part : total) for (Float& v : part) v = Simd::fzero();
+  for (int g = 0, begin = 0; g < w.groups; ++g, scales += w.scale_stride) {
+    const int end = w.group_end(g);
+    for (int part = 0; part < kParts; ++part) {
+      Sums<T> sums;
+      sums.clear();
+      for (int c = begin; c < end; ++c) {
+        const uint8_t* p = chunks + static_cast<int64_t>(c) * F::kBytes;
+        if (part == 0) prefetch_chunk<F::kBytes>(p);
+        F::template madd<T>(p + part * Simd::kBytes, w.half, {a.floats + static_cast<int64_t>(token) * a.columns + c * kChunk, a.columns}, sums);
+      }
+      const Float scale = is_quantised(F::kFormat) ? load_halves(scales + part * Simd::kLanes, w.half) : Simd::fset1(1);
+      for (int t = 0; t < T; ++t) total[part][t] = Simd::fma(sums.total(t), scale, total[part][t]);
+    }
+    begin = end;
+  }
+  for (int t = 0; t < T; ++t) {
+    // 2:4 skips pruned weights, but 0 * inf is NaN: a non-finite activation reaches every output.
+    const Float poison = Simd::fset1(a.scales[static_cast<int64_t>(token + t) * a.groups]);
+    for (int part = 0; part < kParts; ++part) {
+      float* o = out + t * kRows + part * Simd::kLanes;
+      Simd::fstore(o, Simd::fadd(Simd::fadd(Simd::fload(o), total[part][t]), poison));
+    }
+  }
+}
+
+using Tile = void (*)(const Weight&, const Activations&, int, int, float*);
+struct Tiles { Tile one, two, four, eight; };
+
+template <class F> constexpr Tiles int8_tiles() {
+  return {int8_tile<F, 1>, int8_tile<F, 2>, int8_tile<F, 4>, Simd::kTokens == 8 ? int8_tile<F, Simd::kTokens> : nullptr};
+}
+template <class F> constexpr Tiles float_tiles() {
+  return {float_tile<F, 1>, float_tile<F, 2>, float_tile<F, 4>, Simd::kTokens == 8 ? float_tile<F, Simd::kTokens> : nullptr};
+}
+
+Tiles tiles_for(Format format, bool int8) {
+  switch (format) {
+    case Format::sparse24_int4: return int8 ? int8_tiles<Sparse<SparseInt4Values>>() : float_tiles<Sparse<SparseInt4Values>>();
+    case Format::sparse24_int8: return int8 ? int8_tiles<Sparse<SparseInt8Values>>() : float_tiles<Sparse<SparseInt8Values>>();
+    case Format::int4: return int8 ? int8_tiles<Dense<Int4Values>>() : float_tiles<Dense<Int4Values>>();
+    case Format::int8: return int8 ? int8_tiles<Dense<Int8Values>>() : float_tiles<Dense<Int8Values>>();
+    case Format::sparse24: return float_tiles<Sparse<SparseHalfValues>>();
+    case Format::dense: return float_tiles<Dense<DenseHalfValues>>();
+  }
+  return {};
+}
+
+HW_INLINE float load_one(const void* p, Dtype dtype, int64_t i) {
+  if (dtype == Dtype::f32) return static_cast<const float*>(p)[i];
+  const uint16_t h = static_cast<const uint16_t*>(p)[i];
+  return dtype == Dtype::bf16 ? bf16_to_float(h) : fp16_to_float(h);
+}
+HW_INLINE void store_one(void* p, Dtype dtype, int64_t i, float v) {
+  if (dtype == Dtype::f32) static_cast<float*>(p)[i] = v;
+  else static_cast<uint16_t*>(p)[i] = dtype == Dtype::bf16 ? float_to_bf16(v) : float_to_fp16(v);
+}
+
+// Adds the bias and rounds 16 rows of one token into the output; rows behind out_features are dropped.
+void finish(const Linear& call, int block, int token, const float* tile) {
+  const int out_features = call.weight->out_features, row = block * kRows;
+  const int rows = out_features - row < kRows ? out_features - row : kRows;
+  const int64_t at = static_cast<int64_t>(token) * out_features + row;
+  float v[kRows];
+  for (int r = 0; r < kRows; ++r) v[r] = tile[r];
+  if (call.bias) for (int r = 0; r < rows; ++r) v[r] += load_one(call.bias, call.bias_dtype, row + r);
+  if (rows == kRows && call.out_dtype == Dtype::bf16) {
+    uint16_t* out = static_cast<uint16_t*>(call.out) + at;
+    for (int r = 0; r < kRows; ++r) out[r] = float_to_bf16(v[r]);
+  } else {
+    for (int r = 0; r < rows; ++r) store_one(call.out, call.out_dtype, at + r, v[r]);
+  }
+}
+
+void linear_blocks(const Linear& call, const Tiles& tiles, const Tiles& low_rank, int begin, int end) {
+  for (int block = begin; block < end; ++block)
+    for (int t = 0; t < call.x.tokens;) {
+      const int left = call.x.tokens - t;
+      const int n = left >= 8 && tiles.eight ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      alignas(64) float out[8 * kRows] = {};
+      const auto run = [&](const Tiles& k, const Weight& w, const Activations& a) {
+        (n == 8 ? k.eight : n == 4 ? k.four : n == 2 ? k.two : k.one)(w, a, block, t, out);
+      };
+      run(tiles, *call.weight, call.x);
+      if (call.low_rank) run(low_rank, *call.low_rank, call.sums);
+      for (int i = 0; i < n; ++i) finish(call, block, t + i, out + i * kRows);
+      t += n;
+    }
+}
+
+Tiles low_rank_tiles(const Linear& call, bool exact) {
+  return call.low_rank ? tiles_for(call.low_rank->format, !exact && is_quantised(call.low_rank->format)) : Tiles{};
+}
+void linear_int8(const Linear& call, int begin, int end) {
+  linear_blocks(call, tiles_for(call.weight->format, true), low_rank_tiles(call, false), begin, end);
+}
+void linear_float(const Linear& call, int begin, int end) {
+  linear_blocks(call, tiles_for(call.weight->format, false), low_rank_tiles(call, true), begin, end);
+}
+
+}  // namespace
+}  // namespace halfweight

@@ -1,0 +1,79 @@
+// Two 256-bit registers hold a vector of the layout: eight rows each. With HW_VNNI: AVX-VNNI's `vpdpbusd`.
+#pragma once
+#include <immintrin.h>
+
+#include "layout.h"
+
+namespace halfweight {
+namespace {
+
+struct Simd {
+  static constexpr int kBytes = 32, kLanes = 8, kTokens = 4, kFloatTokens = 4;
+#ifdef HW_VNNI
+  static constexpr bool kUnsignedX = true;
+#else
+  static constexpr bool kUnsignedX = false;
+#endif
+  using Int = __m256i;
+  using Float = __m256;
+
+  static HW_INLINE Int zero() { return _mm256_setzero_si256(); }
+  static HW_INLINE Int load(const void* p) { return _mm256_loadu_si256(static_cast<const Int*>(p)); }
+  static HW_INLINE Int load128(const void* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  static HW_INLINE Int load32(const void* p) { int v; __builtin_memcpy(&v, p, 4); return _mm256_set1_epi32(v); }
+  static HW_INLINE Int set1(uint32_t v) { return _mm256_set1_epi32(static_cast<int>(v)); }
+  static HW_INLINE Int and_(Int a, Int b) { return _mm256_and_si256(a, b); }
+  static HW_INLINE Int and_or(Int a, Int b, Int c) { return _mm256_or_si256(_mm256_and_si256(a, b), c); }
+  static HW_INLINE Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static HW_INLINE Int sub(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+  template <int n> static HW_INLINE Int shl(Int a) { if constexpr (n == 0) return a; else return _mm256_slli_epi32(a, n); }
+  template <int n> static HW_INLINE Int shr(Int a) { if constexpr (n == 0) return a; else return _mm256_srli_epi32(a, n); }
+  template <int n> static HW_INLINE Int sar(Int a) { return _mm256_srai_epi32(a, n); }
+  static HW_INLINE Int shuffle(Int table, Int index) { return _mm256_shuffle_epi8(table, index); }
+#ifdef HW_VNNI
+  static HW_INLINE Int dot(Int acc, Int x, Int w) { return _mm256_dpbusd_avx_epi32(acc, x, w); }
+  static HW_INLINE Int sum(Int acc, Int w) { return _mm256_dpbusd_avx_epi32(acc, _mm256_set1_epi8(1), w); }
+#else
+  // |w| * sign(x, w): a pair is at most 2 * 128 * 127 < 2^15, so vpmaddubsw does not saturate.
+  static HW_INLINE Int dot(Int acc, Int x, Int w) {
+    const Int pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return add(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static HW_INLINE Int sum(Int acc, Int) { return acc; }
+#endif
+
+  static HW_INLINE Float fzero() { return _mm256_setzero_ps(); }
+  static HW_INLINE Float fset1(float v) { return _mm256_set1_ps(v); }
+  static HW_INLINE Float fload(const float* p) { return _mm256_loadu_ps(p); }
+  static HW_INLINE Float fload4(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+  static HW_INLINE void fstore(float* p, Float v) { _mm256_storeu_ps(p, v); }
+  static HW_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static HW_INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static HW_INLINE Float fadd(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static HW_INLINE Float fmax(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static HW_INLINE float reduce_add(Float a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+  static HW_INLINE Float to_float(Int a) { return _mm256_cvtepi32_ps(a); }
+  static HW_INLINE Float as_float(Int a) { return _mm256_castsi256_ps(a); }
+  static HW_INLINE Float permute4(Float x, Int index) { return _mm256_permutevar_ps(x, index); }
+  static HW_INLINE Float load_bf16(const uint16_t* p) {
+    return as_float(shl<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+  }
+  static HW_INLINE Float load_fp16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static HW_INLINE Float low_fp16(Int a) {
+    const Int low = _mm256_and_si256(a, _mm256_set1_epi32(0xffff));
+    const Int packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+  }
+  static HW_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+}  // namespace
+}  // namespace halfweight

@@ -1,0 +1,72 @@
+"""Finds and loads the compiled kernels, and registers them with torch.
+
+The library is plain C++ behind torch's stable C interface (csrc/torch_shim.h). It lies beside this package in an
+installed wheel; an editable install of scikit-build-core keeps it in site-packages while the Python files stay in the
+repository. Without it everything still works through `Format.unpack` and torch, slowly; that is said once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+NAME = "libhalfweight_kernels.so"
+PATH_VARIABLE = "HALFWEIGHT_KERNELS"
+"""Environment variable: another library file, or `none` to do without (for tests and for builders)."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library with its operators registered, or None (said once in the log)."""
+    path = find()
+    if path is None:
+        log.warning("the CPU kernels (%s) are not installed; compressed weights run unpacked, slowly", NAME)
+        return None
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        log.warning("the CPU kernels do not load (%s); compressed weights run unpacked, slowly", error)
+        return None
+    for function in (loaded.halfweight_register, loaded.halfweight_isa, loaded.halfweight_supported_isas):
+        function.restype = ctypes.c_char_p
+    error = loaded.halfweight_register()
+    if error is not None:
+        message = error.decode()
+        if message.startswith("HALFWEIGHT_ISA"):
+            raise ValueError(message)
+        log.warning("the CPU kernels cannot be used (%s); compressed weights run unpacked, slowly", message)
+        return None
+    register_fakes()
+    return loaded
+
+
+def find() -> Path | None:
+    """The library's file, or None."""
+    wanted = os.environ.get(PATH_VARIABLE)
+    if wanted:
+        return Path(wanted) if wanted != "none" else None
+    folders = [Path(__file__).parent]
+    folders += [Path(sysconfig.get_path(key)) / "compressor" / "kernels" for key in ("platlib", "purelib")]
+    return next((folder / NAME for folder in folders if (folder / NAME).is_file()), None)
+
+
+def register_fakes() -> None:
+    """Shapes and dtypes of the operators' results, so that `torch.compile(fullgraph=True)` traces through them."""
+
+    @torch.library.register_fake("halfweight::linear")
+    def linear(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        low_rank: torch.Tensor | None,
+        exact: bool,
+    ) -> torch.Tensor:
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))

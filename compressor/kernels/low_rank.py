@@ -1,0 +1,20 @@
+"""The low-rank branch (SLoRB, AST section 3.4) inside the linear operator: y += S @ (sums of x over k columns)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from compressor.kernels import blob
+from compressor.kernels.dense import prepare_blob
+
+
+def prepare(tensors: Mapping[str, Tensor], segment: int) -> Tensor:
+    """The `low_rank` argument of `linear`, from `low_rank_b` [O, I / segment] and, if int8, `low_rank_b_scale` [O, 1]."""
+    b, scale = tensors["low_rank_b"], tensors.get("low_rank_b_scale")
+    if scale is None:
+        return prepare_blob(b, segment)
+    header = blob.Header("int8", scale.dtype, *b.shape, 0, segment)
+    chunks = blob.interleaved(blob.blocked(b, 32, header).unflatten(-1, (8, 4)))
+    return blob.write(header, chunks, scale)
