@@ -8,6 +8,7 @@ engine fails, every open request gets the failure, and the engine stays dead.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -59,7 +60,6 @@ class AsyncEngine:
         self._open: set[Request] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._stopping = False
         self._unanswered = 0
 
     def start(self) -> None:
@@ -68,7 +68,7 @@ class AsyncEngine:
         self._thread.start()
 
     def stop(self) -> None:
-        self._stopping = True
+        """Stop after what was asked before; what is being computed is dropped."""
         self._commands.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout=10)
@@ -146,8 +146,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
-                self._obey(block=not self.engine.has_work)
+            while self._obey(block=not self.engine.has_work):
                 if self.engine.has_work:
                     self._publish(self.engine.step())
         except BaseException as error:  # whatever it is, the clients must learn of it
@@ -156,16 +155,15 @@ class AsyncEngine:
             dead = EngineDeadError("the engine failed while computing this answer")
             self._deliver([(request, dead) for request in tuple(self._open)])
 
-    def _obey(self, block: bool) -> None:
+    def _obey(self, block: bool) -> bool:
+        """Carry out what has been asked for; False when the engine shall stop."""
         try:
-            while True:
-                command = self._commands.get(block=block)
-                block = False
-                if command is None:
-                    return
+            while (command := self._commands.get(block=block)) is not None:
                 command()
+                block = False
         except queue.Empty:
-            return
+            return True
+        return False
 
     def _publish(self, outputs: list[StepOutput]) -> None:
         ready: list[tuple[Request, tuple[int, StepOutput] | Exception]] = []
@@ -182,10 +180,8 @@ class AsyncEngine:
 
     def _deliver(self, ready: list[tuple[Request, tuple[int, StepOutput] | Exception]]) -> None:
         assert self._loop is not None
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._hand_out, ready)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            self._stopping = True
 
     # In the event loop again.
 

@@ -14,7 +14,9 @@ from serve.engine.sequence import Sequence
 LOGITS = torch.log(torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2]))
 
 
-def draw(params: SamplingParams, logits: torch.Tensor = LOGITS, count: int = 1, prompt: tuple[int, ...] = (0,)) -> list[int]:
+def draw(
+    params: SamplingParams, logits: torch.Tensor = LOGITS, count: int = 1, prompt: tuple[int, ...] = (0,)
+) -> list[int]:
     sampler, seq, tokens = Sampler(frozenset({4})), Sequence(list(prompt), params), []
     for _ in range(count):
         tokens.append(sampler(logits[None].clone(), [seq])[0].token)
