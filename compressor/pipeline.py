@@ -199,10 +199,11 @@ def quantize(sparse: SparseModel, name: str, weight: Tensor, scheme: Scheme, rec
     return QUANTIZERS[recipe.quantization.quantizer](weight, sparse.stats.get(name), scheme)
 
 
-def stored_tensors(sparse: SparseModel, plan: Plan, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(sparse: SparseModel, plan: Plan, recipe: Recipe, report: Report) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint by its stored name, each packed as it is asked for."""
     model, packed = sparse.model, set()
-    for name, scheme in plan.schemes.items():
+    for done, (name, scheme) in enumerate(plan.schemes.items(), start=1):
+        report("pack", done, len(plan.schemes), {})
         module = model.get_submodule(name)
         weight = (module.weight if isinstance(module, nn.Embedding) else weight_of(module)).detach()
         for key, tensor in make_format(scheme).pack(quantize(sparse, name, weight, scheme, recipe)).items():
@@ -222,10 +223,8 @@ def save(sparse: SparseModel, name: str, recipe: Recipe, output: OutputFolder, r
     """Quantises, packs and writes tensor by tensor, with tokenizer, recipe and model card beside."""
     start = time.monotonic()
     writer = CheckpointWriter(output)
-    total = sum(1 for _ in sparse.model.state_dict())
-    for done, (key, tensor) in enumerate(stored_tensors(sparse, result.plan, recipe), start=1):
+    for key, tensor in stored_tensors(sparse, result.plan, recipe, report):
         writer.add(key, tensor)
-        report("pack", min(done, total), total, {})
     copy_companions(result.plan.folder, writer.folder)
     metrics = work_folder(output.path) / "metrics.jsonl"
     if metrics.is_file():

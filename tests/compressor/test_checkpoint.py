@@ -1,0 +1,161 @@
+"""Checkpoints are untrusted input: each kind of damage is refused, and named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressor.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, write_manifest
+from compressor.cli import main
+from compressor.output import OutputFolder
+
+LINEAR = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "model"
+    recipe = ["--recipe", "one-shot-2of4-int4", "--set", "sparsity.criterion=magnitude"]
+    assert main([str(tiny_llama), "--out", str(out), *recipe]) == 0
+    return out
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    shutil.copytree(packed, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Alters stored tensors and signs the folder again, as an attacker would."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    write_manifest(folder)
+
+
+def test_an_intact_checkpoint_opens(packed: Path) -> None:
+    checkpoint = Checkpoint.open(packed)
+    assert checkpoint.packed
+    assert set(checkpoint.module(LINEAR)) == {"weight_packed", "weight_meta", "weight_scale"}
+    fused = checkpoint.linear([f"model.layers.0.self_attn.{part}_proj" for part in "qkv"])
+    assert fused["weight_packed"].shape == (64 + 32 + 32, 16)
+
+
+def test_a_flipped_bit_is_found(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-50] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not match its SHA-256"):
+        Checkpoint.open(copy)
+
+
+def test_a_truncated_shard_is_found(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated or altered"):
+        Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "manifest.json", "tokenizer.json"])
+def test_a_missing_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "", "..", 3])
+def test_names_that_leave_the_folder_are_refused(copy: Path, name: object) -> None:
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    write_manifest(copy)
+    with pytest.raises(CheckpointError):
+        Checkpoint.open(copy)
+
+
+def test_links_out_of_the_folder_are_refused(copy: Path) -> None:
+    moved = copy.parent / "elsewhere.safetensors"
+    (copy / "model.safetensors").rename(moved)
+    (copy / "model.safetensors").symlink_to(moved)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        Checkpoint.open(copy)
+
+
+def test_an_unknown_version_says_what_to_do(copy: Path) -> None:
+    edit_config(copy, lambda config: config["quantization_config"].update(version=99))  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match=r"version 99.*install"):
+        Checkpoint.open(copy)
+
+
+def test_other_quantisers_are_refused_by_name(copy: Path) -> None:
+    edit_config(copy, lambda config: config.update(quantization_config={"quant_method": "awq"}))
+    with pytest.raises(CheckpointError, match="quantised by 'awq'"):
+        Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("weight_meta", 0xFF, "positions"),
+        ("weight_meta", 0x00, "positions"),
+        ("weight_scale", float("nan"), "NaN"),
+        ("weight_scale", -1.0, "negative"),
+    ],
+)
+def test_values_that_break_the_format_are_refused(copy: Path, part: str, value: float, message: str) -> None:
+    edit_tensors(copy, lambda tensors: tensors[f"{LINEAR}.{part}"].view(-1)[:1].fill_(value))
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(copy).module(LINEAR)
+
+
+def test_wrong_shapes_and_missing_tensors_are_refused(copy: Path) -> None:
+    edit_tensors(copy, lambda tensors: tensors.update({f"{LINEAR}.weight_meta": tensors[f"{LINEAR}.weight_meta"][:3]}))
+    with pytest.raises(CheckpointError, match=LINEAR):
+        Checkpoint.open(copy).module(LINEAR)
+    edit_tensors(copy, lambda tensors: tensors.pop(f"{LINEAR}.weight_meta"))
+    with pytest.raises(CheckpointError, match=LINEAR):
+        Checkpoint.open(copy).module(LINEAR)
+
+
+def test_a_scheme_that_differs_from_the_tensors_is_refused(copy: Path) -> None:
+    def widen(config: dict[str, object]) -> None:
+        for group in config["quantization_config"]["config_groups"].values():  # type: ignore[index]
+            group["group_size"] = 32
+
+    edit_config(copy, widen)
+    write_manifest(copy)
+    with pytest.raises(CheckpointError, match="expected"):
+        Checkpoint.open(copy).module(LINEAR)
+
+
+def test_shards_are_split_and_read_back(tmp_path: Path) -> None:
+    tensors = {f"part{i}.weight": torch.full((10, 10), float(i)) for i in range(5)}
+    with OutputFolder(tmp_path / "out") as output:
+        writer = CheckpointWriter(output, max_shard_bytes=900)
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.finish({"model_type": "llama"})
+    shards = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert shards == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in tensors.items())
+    (tmp_path / "out" / shards[0]).unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        Checkpoint.open(tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "[" * 100_000, "\xff"])
+def test_broken_configurations_are_refused(copy: Path, text: str) -> None:
+    (copy / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Checkpoint.open(copy)

@@ -1,0 +1,228 @@
+"""The command `compress` on tiny models, through its own entry point."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from compressor.checkpoint import Checkpoint
+from compressor.cli import main
+from compressor.formats import make_format
+from compressor.inspection import inspect, packed_modules, verify
+from compressor.masks import check_n_m
+
+FAST = ["--set", "retraining.budget=4ktok", "--set", "text.length=64", "--set", "sparsity.samples=8"]
+FAST += ["--set", "retraining.validation_blocks=4", "--set", "retraining.loop.batch=8"]
+
+
+@pytest.fixture(scope="module")
+def one_shot(tiny_llama: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "model"
+    arguments = [str(tiny_llama), "--recipe", "one-shot-2of4-int4", "--out", str(out)]
+    assert main([*arguments, "--set", f"text.source={prose}", "--set", "text.length=64"]) == 0
+    return out
+
+
+def test_output_is_a_whole_valid_folder(one_shot: Path, tiny_llama: Path) -> None:
+    report = verify(one_shot)
+    assert report.packed == 15
+    assert report.sparse == 14
+    present = {file.name for file in one_shot.iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "manifest.json",
+        "recipe.yaml",
+        "README.md",
+        "tokenizer.json",
+    } <= present
+    assert [entry.name for entry in one_shot.parent.iterdir()] == ["model"]
+    card = (one_shot / "README.md").read_text()
+    assert str(tiny_llama) in card
+    assert "sha256" in card
+    assert yaml.safe_load((one_shot / "recipe.yaml").read_text())["sparsity"]["criterion"] == "wanda"
+
+
+def test_sizes_are_the_arithmetic_of_the_format(one_shot: Path) -> None:
+    report = inspect(one_shot)
+    blocks = [row for row in report.rows if row.format == "sparse24_int4"]
+    assert blocks
+    assert all(row.bits_per_weight == 3.25 and row.group == "64" for row in blocks)
+    stored = sum(Checkpoint.open(one_shot).size_of(name) for name in Checkpoint.open(one_shot).names())
+    assert report.stored_bytes == stored
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gpt2", "tiny_opt"])
+def test_ast_retrains_packs_and_keeps_two_of_four(
+    family: str, prose: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source: Path = request.getfixturevalue(family)
+    out = tmp_path / "model"
+    arguments = [str(source), "--recipe", "ast-2of4-int4", "--out", str(out), "--set", f"text.source={prose}", *FAST]
+    assert main(arguments) == 0
+    checkpoint = Checkpoint.open(out)
+    for name, scheme in packed_modules(checkpoint).items():
+        fmt = make_format(scheme)
+        tensors = {key: t for key, t in checkpoint.module(name).items() if key.startswith("weight")}
+        if fmt.sparse:
+            check_n_m(fmt.unpack(tensors))
+    assert verify(out).sparse > 0
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in metrics] == list(range(1, len(metrics) + 1))
+    assert len(metrics) * 8 * 64 >= 4000
+    assert not [entry for entry in tmp_path.iterdir() if entry != out]
+
+
+def test_slorb_branch_is_stored_beside_the_sparse_weight(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    recipe = ["--recipe", "ast-slorb-2of4-int4", "--set", f"text.source={prose}"]
+    assert main([str(tiny_llama), "--out", str(out), *recipe, *FAST]) == 0
+    tensors = Checkpoint.open(out).module("model.layers.0.mlp.up_proj")
+    assert tensors["low_rank_b"].shape == (128, 4)
+    assert tensors["low_rank_b"].dtype == torch.int8
+    assert tensors["low_rank_b"].any()
+
+
+def test_from_pretrained_computes_what_was_packed(one_shot: Path, tiny_llama: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from compressor.models import load_tokenizer, quiet_transformers
+
+    with quiet_transformers():
+        packed = AutoModelForCausalLM.from_pretrained(one_shot)
+        dense = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    checkpoint = Checkpoint.open(one_shot)
+    for name, scheme in packed_modules(checkpoint).items():
+        dense.get_submodule(name).weight.data = make_format(scheme).unpack(checkpoint.module(name))
+    ids = load_tokenizer(one_shot)("the quick brown fox", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected, found = dense(ids).logits.float(), packed(ids).logits.float()
+    assert torch.allclose(found, expected, atol=2e-2)
+    assert packed.lm_head.tensors["weight_packed"] is packed.model.embed_tokens.tensors["weight_packed"]
+
+
+def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs a command that must fail with one line; returns the line."""
+    assert main(list(arguments)) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("compress: ")
+    return lines[0]
+
+
+class TestBadInput:
+    """Said before any long work, in one line, with nothing left behind."""
+
+    def run(self, capsys: pytest.CaptureFixture[str], model: Path | str, out: Path, *more: str) -> str:
+        before = set(out.parent.iterdir())
+        line = failing(capsys, str(model), "--out", str(out), "--recipe", "one-shot-2of4-int4", *more)
+        assert set(out.parent.iterdir()) == before
+        return line
+
+    def test_unknown_recipe_key(self, capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path) -> None:
+        line = self.run(capsys, tiny_llama, tmp_path / "o", "--set", "sparsity.critereon=wanda")
+        assert "did you mean 'criterion'" in line
+
+    def test_unknown_recipe(self, capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path) -> None:
+        assert "did you mean 'ast-2of4-int4'" in self.run(
+            capsys, tiny_llama, tmp_path / "o", "--recipe", "ast-2of4-in4"
+        )
+
+    def test_bad_budget(self, capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path) -> None:
+        line = self.run(capsys, tiny_llama, tmp_path / "o", "--recipe", "ast-2of4-int4", "--budget", "soon")
+        assert "10m" in line
+
+    def test_no_tokenizer(self, capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path) -> None:
+        shutil.copytree(tiny_llama, tmp_path / "model")
+        for file in (tmp_path / "model").glob("tokenizer*"):
+            file.unlink()
+        assert "has no tokenizer" in self.run(capsys, tmp_path / "model", tmp_path / "o")
+
+    @pytest.mark.parametrize(("hidden", "expected"), [(30, "multiple of 4"), (68, "multiple of group_size 64")])
+    def test_widths_that_do_not_fit(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, hidden: int, expected: str
+    ) -> None:
+        from tests.tiny import make_tiny_model
+
+        model = make_tiny_model(
+            "llama",
+            tmp_path / "model",
+            hidden_size=hidden,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=hidden,
+        )
+        line = self.run(capsys, model, tmp_path / "o", "--set", "quantization.group_size=64")
+        assert expected in line
+        assert "q_proj" in line
+
+    def test_unsupported_architecture(
+        self, capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(tiny_llama, tmp_path / "model")
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model_type": "perceptron"}))
+        assert "no supported causal language model" in self.run(capsys, tmp_path / "model", tmp_path / "o")
+
+    def test_missing_text(self, capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path) -> None:
+        line = self.run(capsys, tiny_llama, tmp_path / "o", "--set", "text.source=nowhere.txt")
+        assert "'nowhere.txt' is not there" in line
+
+    def test_unknown_model(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        assert "accepted: a model folder" in self.run(capsys, "nothing-here", tmp_path / "o")
+
+    def test_existing_output(self, capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path) -> None:
+        (tmp_path / "o").mkdir()
+        assert "--force" in self.run(capsys, tiny_llama, tmp_path / "o")
+
+    def test_compressed_input(self, capsys: pytest.CaptureFixture[str], one_shot: Path, tmp_path: Path) -> None:
+        assert "compressed checkpoint already" in self.run(capsys, one_shot, tmp_path / "o")
+
+    def test_too_little_disk_and_memory(
+        self, capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        usage = type("usage", (), {"free": 10})
+        with monkeypatch.context() as patch:
+            patch.setattr("compressor.preflight.shutil.disk_usage", lambda _path: usage)
+            assert "GB free" in self.run(capsys, tiny_llama, tmp_path / "o")
+        memory = type("memory", (), {"available": 10})
+        monkeypatch.setattr("compressor.preflight.psutil.virtual_memory", lambda: memory)
+        assert "of memory are available" in self.run(capsys, tiny_llama, tmp_path / "o")
+
+    def test_truncated_weights(self, capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path) -> None:
+        shutil.copytree(tiny_llama, tmp_path / "model")
+        weights = tmp_path / "model" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        assert "truncated" in self.run(capsys, tmp_path / "model", tmp_path / "o")
+
+
+def test_dry_run_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tiny_llama: Path, prose: Path, tmp_path: Path
+) -> None:
+    arguments = [str(tiny_llama), "--out", str(tmp_path / "o"), "--dry-run", "--set", f"text.source={prose}"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "sparse24_int4" in shown
+    assert "rounding error" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_verify_recipes_and_doctor_print(capsys: pytest.CaptureFixture[str], one_shot: Path) -> None:
+    assert main(["inspect", str(one_shot)]) == 0
+    assert "sparse24_int4" in capsys.readouterr().out
+    assert main(["verify", str(one_shot)]) == 0
+    assert "exactly 2:4" in capsys.readouterr().out
+    assert main(["recipes"]) == 0
+    assert "ast-2of4-int4" in capsys.readouterr().out
+    assert main(["doctor"]) == 0
+    assert "sparse24_int4" in capsys.readouterr().out
+
+
+def test_print_config_shows_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["any", "--print-config", "--set", "quantization.values=int8", "--budget", "2Mtok"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["quantization"]["values"] == "int8"
+    assert shown["retraining"]["budget"] == "2Mtok"
