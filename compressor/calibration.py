@@ -110,7 +110,7 @@ def calibrate(
 ) -> dict[str, LayerStats]:
     """Input norms of every linear, from whole forward passes over token batches [B, L]."""
     batches = _checked(token_batches)
-    with _evaluating(model), _recording(linears, hessian=False) as recorder:
+    with evaluating(model), _recording(linears, hessian=False) as recorder:
         for done, batch in enumerate(batches, start=1):
             _body(model)(input_ids=batch.to(_device(model)), use_cache=False)
             if progress is not None:
@@ -132,7 +132,7 @@ def calibrate_blocks(
     calibration text and one block's sums."""
     batches = _checked(token_batches)
     blocks = _blocks_of(model, linears)
-    with _evaluating(model):
+    with evaluating(model):
         calls = [_calls_of_blocks(model, list(blocks.values()), batch) for batch in batches]
         hidden = [call[0].hidden for call in calls]
         for index, (prefix, block) in enumerate(blocks.items()):
@@ -161,7 +161,8 @@ def _complete(stats: dict[str, LayerStats], linears: Mapping[str, nn.Module]) ->
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off for a while; the mode the model was in comes back."""
     was_training = model.training
     model.eval()
     try:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.calibration import evaluating
+
 # Logits held per buffer: 16 MB in fp32, so the dozen passes over a chunk stay in a server CPU's cache.
 _CHUNK_LOGITS = 1 << 22
 
@@ -157,13 +159,17 @@ def next_tokens(ids_BL: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def text_loss(model: nn.Module, blocks_NL: Tensor, batch: int = 4) -> float:
     """Mean next-token cross-entropy (nats) over token blocks; exp of it is the perplexity at window L."""
-    head = head_of(model)
-    total, count = 0.0, 0
-    for ids in blocks_NL.split(batch):
-        positions, labels = next_tokens(ids)
-        hidden = hidden_states(model, ids).flatten(0, 1)[positions]
-        for start, end in _chunks(len(labels), head, hidden):
-            log_q = torch.log_softmax(head(hidden[start:end]), dim=-1, dtype=torch.float32)
-            total -= float(_picked(log_q, labels[start:end]).sum())
-        count += len(labels)
-    return total / count
+    with evaluating(model):
+        head = head_of(model)
+        sums = [_text_loss_sum(model, head, ids) for ids in blocks_NL.split(batch)]
+    return sum(sums) / blocks_NL[:, 1:].numel()
+
+
+def _text_loss_sum(model: nn.Module, head: Head, ids_BL: Tensor) -> float:
+    positions, labels = next_tokens(ids_BL)
+    hidden = hidden_states(model, ids_BL).flatten(0, 1)[positions]
+    total = 0.0
+    for start, end in _chunks(len(labels), head, hidden):
+        log_q = torch.log_softmax(head(hidden[start:end]), dim=-1, dtype=torch.float32)
+        total -= float(_picked(log_q, labels[start:end]).sum())
+    return total

@@ -1,0 +1,66 @@
+"""SLoRB while it trains: what its initialisation preserves, its forward, its grid and its gradient."""
+
+import pytest
+import torch
+from torch import nn
+
+from compressor.formats.low_rank import low_rank_linear, pack_low_rank
+from compressor.low_rank import LowRankBranch, initial_s, on_int8_grid, segment_matrix
+from compressor.masks import n_m_mask
+from compressor.scheme import LowRank
+
+
+@pytest.fixture
+def pruned() -> tuple[torch.Tensor, torch.Tensor]:
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    return weight, n_m_mask(weight.abs())
+
+
+def test_mean_init_preserves_every_segment_sum(pruned: tuple[torch.Tensor, torch.Tensor]) -> None:
+    weight, mask = pruned
+    s = initial_s(weight, mask, 16)
+    whole = weight * mask + s @ segment_matrix(32, 16)
+    torch.testing.assert_close(whole.unflatten(1, (-1, 16)).sum(-1), weight.unflatten(1, (-1, 16)).sum(-1))
+
+
+def test_the_other_inits(pruned: tuple[torch.Tensor, torch.Tensor]) -> None:
+    weight, mask = pruned
+    torch.testing.assert_close(initial_s(weight, mask, 8, "sum"), 8 * initial_s(weight, mask, 8))
+    assert not bool(initial_s(weight, mask, 8, "zero").any())
+    with pytest.raises(ValueError, match="accepted are mean"):
+        initial_s(weight, mask, 8, "random")
+    with pytest.raises(ValueError, match="must divide"):
+        initial_s(weight, mask, 5)
+
+
+def test_segment_sums_equal_a_trained_projection_at_its_start() -> None:
+    s, x = torch.randn(5, 4), torch.randn(2, 3, 32)
+    fixed = LowRankBranch(s, 8, dtype=torch.float32)
+    trained = LowRankBranch(s, 8, dtype=torch.float32, train_projection=True)
+    torch.testing.assert_close(fixed(x), trained(x))
+    assert [name for name, _ in fixed.named_parameters()] == ["s"]
+    assert trained.x is not None and trained.x.shape == (4, 32)
+
+
+def test_what_is_trained_is_what_is_stored() -> None:
+    s, x = torch.randn(5, 4), torch.randn(3, 32)
+    stored = pack_low_rank(LowRank(segment=8, dtype="int8"), s)
+    torch.testing.assert_close(LowRankBranch(s, 8, dtype=torch.float32)(x), low_rank_linear(x, stored))
+
+
+def test_the_int8_grid_is_straight_through() -> None:
+    s = torch.randn(5, 4, requires_grad=True)
+    snapped = on_int8_grid(s)
+    assert not torch.equal(snapped, s)
+    snapped.backward(torch.full_like(s, 2.0))
+    assert s.grad is not None and bool((s.grad == 2.0).all())
+
+
+def test_attach_adds_to_the_output_until_detached() -> None:
+    linear, x = nn.Linear(16, 5), torch.randn(3, 16)
+    plain = linear(x)
+    branch = LowRankBranch(torch.randn(5, 2), 8, dtype=torch.float32)
+    detach = branch.attach(linear)
+    torch.testing.assert_close(linear(x), plain + branch(x))
+    detach()
+    torch.testing.assert_close(linear(x), plain)

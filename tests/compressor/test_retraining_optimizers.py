@@ -1,0 +1,118 @@
+"""The masked Adam against its formulas, written out plainly; the fault of the published code must not come back."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from compressor.masks import n_m_mask
+from compressor.retraining import optimizers
+from compressor.retraining.optimizers import AdamSettings, Trained, adam_step, gradient_norm, train_dense, train_linear
+
+
+def entry_of(settings: AdamSettings, module: nn.Module | None = None) -> Trained:
+    torch.manual_seed(0)
+    module = module or nn.Linear(16, 6, bias=False)
+    weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+    return train_linear("w", module, n_m_mask(weight.detach().abs()), settings)
+
+
+def plainly(w: torch.Tensor, mask: torch.Tensor, gradients: list[torch.Tensor], form: str) -> torch.Tensor:
+    """methods.md, section 1, step by step."""
+    b1, b2, eps, wd, rate, decay = 0.9, 0.95, 1e-8, 0.1, 1e-2, 0.5
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    for t, g in enumerate(gradients, start=1):
+        pulled = decay * (~mask) * w
+        if form == "coupled":
+            g = g + pulled
+        m = b1 * m + (1 - b1) * g
+        u = m + pulled if form == "decoupled" else m
+        square = u if form == "decoupled" else g
+        v = b2 * v + (1 - b2) * square * square
+        w = w * (1 - rate * wd) - rate / (1 - b1**t) * u / ((v / (1 - b2**t)).sqrt() + eps)
+    return w
+
+
+@pytest.mark.parametrize("form", optimizers.FORMS)
+@pytest.mark.parametrize("module", [nn.Linear(16, 6, bias=False), Conv1D(6, 16)])
+@pytest.mark.parametrize("block", [1 << 18, 40])
+def test_steps_follow_the_formula(form: str, module: nn.Module, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "_BLOCK", block)
+    settings = AdamSettings(weight_decay=0.1, form=form)
+    entry = entry_of(settings, module)
+    assert entry.mask is not None
+    gradients = [torch.randn(6, 16) for _ in range(5)]
+    expected = plainly(entry.master.clone(), entry.mask, gradients, form)
+    for step, gradient in enumerate(gradients, start=1):
+        entry.parameter.grad = (2 * gradient.t() if isinstance(module, Conv1D) else 2 * gradient).contiguous()
+        entry.take_gradient(several=False)
+        assert entry.parameter.grad is None
+        adam_step(entry, settings, step=step, rate=1e-2, decay=0.5, scale=0.5)
+    torch.testing.assert_close(entry.master, expected)
+    torch.testing.assert_close(entry.visible, expected * entry.mask)
+
+
+@pytest.mark.parametrize("form", optimizers.FORMS)
+def test_a_zero_gradient_step_shrinks_masked_weights_and_leaves_kept_ones_untouched(form: str) -> None:
+    settings = AdamSettings(form=form)
+    entry = entry_of(settings)
+    before, mask = entry.master.clone(), entry.mask
+    assert mask is not None and mask.dtype is torch.bool
+    entry.gradient = torch.zeros_like(before)
+    adam_step(entry, settings, step=1, rate=1e-6, decay=1e-4)
+    assert torch.equal(entry.master[mask], before[mask])
+    assert bool((entry.master[~mask].abs() < before[~mask].abs()).all())
+
+
+def test_the_gradient_reaches_masked_entries() -> None:
+    linear = nn.Linear(16, 6, bias=False)
+    settings = AdamSettings()
+    entry = entry_of(settings, linear)
+    entry.publish()
+    assert entry.mask is not None and not bool(linear.weight[~entry.mask].any())
+    x = torch.randn(9, 16)
+    linear(x).square().sum().backward()
+    entry.take_gradient(several=False)
+    before = entry.master.clone()
+    adam_step(entry, settings, step=1, rate=1e-3, decay=0.0)
+    moved = entry.master != before
+    assert bool(moved[~entry.mask].all()) and bool(moved[entry.mask].all())
+    assert not bool(linear.weight[~entry.mask].any())
+
+
+def test_gradients_of_micro_batches_add_up_in_fp32() -> None:
+    parameter = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    entry = train_dense("b", parameter, AdamSettings())
+    for value in (256.0, 1.0, 1.0):
+        parameter.grad = torch.full_like(parameter, value)
+        entry.take_gradient(several=True)
+    assert entry.gradient is not None and entry.gradient.flatten().tolist() == [258.0] * 4
+    assert gradient_norm([entry]) == pytest.approx(516.0)
+    entry.gradient[0, 1] = math.inf
+    assert not math.isfinite(gradient_norm([entry]))
+
+
+def test_the_master_keeps_what_bf16_cannot_hold() -> None:
+    linear = nn.Linear(16, 6, bias=False).to(torch.bfloat16)
+    settings = AdamSettings()
+    entry = entry_of(settings, linear)
+    for step in range(1, 11):
+        entry.gradient = torch.ones(6, 16)
+        adam_step(entry, settings, step=step, rate=1e-5, decay=0.0)
+    assert entry.master.dtype is torch.float32
+    moved = entry.master - linear.weight.detach().float() * entry.mask  # type: ignore[operator]
+    assert 0 < float(moved[entry.mask].abs().max()) < 1e-2
+
+
+def test_what_the_forward_sees_passes_the_transform() -> None:
+    entry = entry_of(AdamSettings())
+    entry.transform = lambda values, rows: values.round()
+    entry.publish()
+    assert torch.equal(entry.visible, (entry.master * entry.mask).round())  # type: ignore[operator]
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="whose weight is"):
+        train_linear("w", nn.Linear(8, 4), torch.ones(4, 4, dtype=torch.bool), AdamSettings())

@@ -1,0 +1,76 @@
+"""Schedules at their corners, and how a budget becomes a number of steps."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from compressor.retraining.schedules import Budget, Plan, learning_rate, ramp
+
+
+def test_warm_up_then_cosine() -> None:
+    assert learning_rate(0.0, 1.0, 0.1, 0.0) == 0.0
+    assert learning_rate(0.05, 1.0, 0.1, 0.0) == pytest.approx(0.5)
+    assert learning_rate(0.1, 1.0, 0.1, 0.0) == 1.0
+    assert learning_rate(0.55, 1.0, 0.1, 0.0) == pytest.approx(0.5)
+    assert learning_rate(1.0, 1.0, 0.1, 0.2) == pytest.approx(0.2)
+    assert learning_rate(0.0, 1.0, 0.0, 0.0) == 1.0
+
+
+def test_ramp_then_constant() -> None:
+    assert [ramp(progress, 2.0, 0.25) for progress in (0.0, 0.125, 0.25, 1.0)] == [0.0, 1.0, 2.0, 2.0]
+
+
+def test_a_token_budget_is_a_number_of_steps() -> None:
+    plan = Plan(Budget(tokens=1000), tokens_per_step=300)
+    assert plan.total == 4
+    assert [plan.progress(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    for step in range(4):
+        assert not plan.done(step)
+        plan.took(step, 100.0)
+    assert plan.total == 4 and plan.done(4)
+
+
+def test_a_time_budget_is_fixed_after_a_few_steps() -> None:
+    plan = Plan(Budget(seconds=100.0), tokens_per_step=1)
+    assert plan.progress(0) == 0.0 and not plan.done(0)
+    plan.took(0, 8.0)
+    for step in range(1, 4):
+        plan.took(step, 2.0)
+    assert plan.fixed and plan.total == 4 + 43
+    for step in range(4, 10):
+        plan.took(step, 2.0)
+    assert plan.total == 47
+
+
+def test_a_slow_machine_shortens_the_plan_and_progress_does_not_jump() -> None:
+    plan = Plan(Budget(seconds=100.0), tokens_per_step=1)
+    step, seen = 0, [0.0]
+    while not plan.done(step):
+        plan.took(step, 1.0 if step < 20 else 3.0)
+        step += 1
+        seen.append(plan.progress(step))
+    assert seen == sorted(seen) and seen[-1] == 1.0
+    assert max(b - a for a, b in pairwise(seen[5:])) < 0.06
+    assert plan.spent_seconds == pytest.approx(100.0, rel=0.1)
+
+
+def test_a_fast_machine_does_not_lengthen_it() -> None:
+    plan = Plan(Budget(seconds=100.0), tokens_per_step=1)
+    step = 0
+    while not plan.done(step):
+        plan.took(step, 2.0 if step < 10 else 0.5)
+        step += 1
+    assert step == 50
+
+
+def test_the_first_step_may_take_more_than_the_budget() -> None:
+    plan = Plan(Budget(seconds=1.0), tokens_per_step=1)
+    plan.took(0, 60.0)
+    assert plan.done(1) and math.isclose(plan.progress(1), 1.0)
+
+
+@pytest.mark.parametrize("given", [{}, {"tokens": 1, "seconds": 1.0}, {"tokens": 0}, {"seconds": -1.0}])
+def test_a_budget_is_one_positive_number(given: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="give one of them"):
+        Budget(**given)  # type: ignore[arg-type]
