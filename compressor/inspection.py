@@ -57,8 +57,8 @@ def inspect(folder: Path) -> Inspection:
         rows.setdefault((_family(module), scheme, shape), []).append((module, size, shape[0] * shape[1]))
     for name in checkpoint.names():
         if name.rpartition(".")[0] not in schemes or name.endswith(".bias"):
-            size, shape = checkpoint.size_of(name), tuple(checkpoint.tensor(name).shape)
-            rows.setdefault((_family(name), None, shape), []).append((name, size, torch.Size(shape).numel()))
+            size, plain = checkpoint.size_of(name), checkpoint.tensor(name).shape
+            rows.setdefault((_family(name), None, tuple(plain)), []).append((name, size, plain.numel()))
     result = [_row(key, members) for key, members in rows.items()]
     parameters = sum(weights for members in rows.values() for _, _, weights in members)
     return Inspection(result, parameters, sum(row.stored_bytes for row in result))

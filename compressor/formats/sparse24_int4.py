@@ -19,7 +19,7 @@ from compressor.formats.sparse24 import meta_spec
 
 @dataclass(frozen=True)
 class Sparse24Int4(Format):
-    """`weight_packed` [O, I / 4] uint8 (both kept values of a group in a byte), `weight_meta`, `weight_scale` [O, G]."""
+    """`weight_packed` [O, I / 4] uint8 (a byte for both kept values), `weight_meta`, `weight_scale` [O, G]."""
 
     name: ClassVar[str] = "sparse24_int4"
     sparse: ClassVar[bool] = True
