@@ -1,0 +1,326 @@
+"""`retrain` end to end on tiny models: what it leaves, what it logs, how it stops and how it goes on."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from compressor.calibration import weight_of
+from compressor.masks import check_n_m, n_m_mask
+from compressor.retraining import (
+    METHODS,
+    AstSettings,
+    Budget,
+    LoopSettings,
+    LowRankSettings,
+    NonFiniteError,
+    RetrainingReport,
+    retrain,
+    text_loss,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products: a second thread costs more than it gives, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+FP32 = LoopSettings(learning_rate=3e-3, batch=4, precision="fp32")
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, initializer_range=0.2,
+        )
+    )  # fmt: skip
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, initializer_range=0.2)
+    )
+
+
+def opt() -> nn.Module:
+    torch.manual_seed(0)
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=32, word_embed_proj_dim=32, init_std=0.2,
+        )
+    )  # fmt: skip
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and "lm_head" not in name
+    }
+
+
+def masks_of(linears: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    return {name: n_m_mask(weight_of(module).detach().abs()) for name, module in linears.items()}
+
+
+def text(blocks: int = 40) -> torch.Tensor:
+    """Text with something to learn: each token follows from the one before."""
+    start = torch.arange(blocks).unsqueeze(1) * 7
+    return (start + 5 * torch.arange(16)) % 64
+
+
+def run(model: nn.Module, teacher: nn.Module | None = None, **options: Any) -> RetrainingReport:
+    linears = linears_of(model)
+    budget = options.pop("budget", Budget(tokens=30 * 64))
+    options = {"loop": FP32, "settings": AstSettings(), **options}
+    tokens = options.pop("tokens", text())
+    return retrain(model, teacher or copy.deepcopy(model), linears, masks_of(linears), tokens, budget, **options)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, opt])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_retraining_wins_back_what_pruning_lost_and_leaves_plain_sparse_weights(build: Any, method: str) -> None:
+    model = build().to(torch.bfloat16)
+    kl: list[float] = []
+    report = run(
+        model,
+        method=method,
+        validation=text(8),
+        budget=Budget(tokens=60 * 64),
+        progress=lambda step, total, metrics: kl.append(metrics["kl"]),
+    )
+    for module in linears_of(model).values():
+        check_n_m(weight_of(module))
+        assert float((weight_of(module) != 0).float().mean()) == pytest.approx(0.5, abs=1e-3)
+        assert "weight_mask" not in dict(module.named_buffers()) and not module._forward_hooks
+    assert all(parameter.dtype is torch.bfloat16 and parameter.requires_grad for parameter in model.parameters())
+    assert report.steps == 60 and report.tokens == 3840
+    assert report.validation_loss_before is not None and report.validation_loss is not None
+    assert kl[-1] < 0.7 * kl[0]
+
+
+def test_kl_falls_and_every_step_is_recorded(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    run(llama(), work_dir=tmp_path, progress=lambda step, total, metrics: seen.append((step, total)))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31)) and seen == [(step, 30) for step in range(1, 31)]
+    assert lines[-1]["kl"] < 0.7 * lines[0]["kl"]
+    assert lines[0]["learning_rate"] == 0.0 and lines[0]["mask_decay"] == 0.0
+    assert lines[-1]["mask_decay"] == AstSettings().mask_decay
+    refreshes = {line["step"] - 1: line for line in lines if "flip_rate" in line}
+    assert list(refreshes) == [10, 20]
+    assert refreshes[20]["mean_kept"] > refreshes[20]["mean_masked"]
+    assert lines[-1]["tokens"] == 30 * 64
+
+
+def test_masks_move_only_when_they_are_refreshed() -> None:
+    flips: list[float] = []
+    loop = LoopSettings(learning_rate=3e-2, precision="fp32")
+    run(llama(), loop=loop, progress=lambda step, total, metrics: flips.append(metrics.get("flip_rate", 0.0)))
+    assert max(flips) > 0
+    kept = llama()
+    before = masks_of(linears_of(kept))
+    run(kept, loop=loop, settings=AstSettings(refresh_every=0))
+    assert all(torch.equal(weight_of(module) != 0, before[name]) for name, module in linears_of(kept).items())
+
+
+def test_micro_batches_do_not_change_the_result() -> None:
+    whole, parts = llama(), llama()
+    run(whole, budget=Budget(tokens=5 * 64))
+    run(parts, budget=Budget(tokens=5 * 64), loop=LoopSettings(learning_rate=3e-3, micro_batch=2, precision="fp32"))
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_what_trains() -> None:
+    blocks, everything = llama(), llama()
+    before = {name: value.clone() for name, value in blocks.named_parameters()}
+    run(blocks)
+    run(everything, loop=LoopSettings(learning_rate=3e-3, train="all", precision="fp32"))
+    table = "model.embed_tokens.weight"
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(dict(blocks.named_parameters())[table], before[table])
+    assert not torch.equal(dict(blocks.named_parameters())[norm], before[norm])
+    assert not torch.equal(dict(everything.named_parameters())[table], before[table])
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_low_rank_branches_are_trained_and_handed_over(projection: bool) -> None:
+    model = llama()
+    settings = AstSettings(low_rank=LowRankSettings(segment=16, projection=projection))
+    report = run(model, settings=settings, validation=text(4))
+    assert report.low_rank.keys() == linears_of(model).keys()
+    branch = report.low_rank["model.layers.0.mlp.down_proj"]
+    assert branch.s.shape == (32, 3) and (branch.x is not None) == projection
+    for name, module in linears_of(model).items():
+        report.low_rank[name].attach(module)
+    assert text_loss(model, text(4)) == pytest.approx(report.validation_loss, abs=1e-4)
+
+
+def test_the_quantised_tail_trains_what_is_packed() -> None:
+    model = llama()
+    calls: list[str] = []
+
+    def snap(name: str, weight: torch.Tensor) -> Any:
+        calls.append(name)
+        scale = weight.abs().amax() / 7
+        return lambda values, rows: (values / scale).round().clamp(-7, 7) * scale
+
+    run(model, loop=LoopSettings(learning_rate=3e-3, quantize_share=0.3, precision="fp32"), snap=snap)
+    assert calls == list(linears_of(model))
+    for module in linears_of(model).values():
+        assert len(weight_of(module).unique()) <= 15
+
+
+def test_bf16_runs_and_keeps_float_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    report = run(model, loop=LoopSettings(learning_rate=3e-3, precision="bf16"), validation=text(4))
+    assert report.precision == "bfloat16"
+    assert model.model.rotary_emb.inv_freq.dtype is torch.float32
+    assert report.validation_loss < report.validation_loss_before + 0.05  # type: ignore[operator]
+
+
+def test_cross_entropy_alone_needs_no_teacher() -> None:
+    model = llama()
+    linears = linears_of(model)
+    loop = LoopSettings(learning_rate=3e-3, kl_weight=0.0, precision="fp32")
+    report = retrain(
+        model, None, linears, masks_of(linears), text(), Budget(tokens=1920), loop=loop, settings=AstSettings(),
+        validation=text(8),
+    )  # fmt: skip
+    assert report.validation_loss < report.validation_loss_before - 0.5  # type: ignore[operator]
+
+
+def test_a_time_budget_ends_near_its_time() -> None:
+    report = run(llama(), budget=Budget(seconds=2.0))
+    assert 0.5 < report.seconds < 4.0 and report.steps > 4
+
+
+def test_a_non_finite_loss_stops_before_the_weights_are_touched() -> None:
+    model, teacher = llama(), llama()
+    teacher.model.embed_tokens.weight.data[13] = float("nan")
+    weights: list[torch.Tensor] = []
+
+    def watch(step: int, total: int, metrics: Any) -> None:
+        weights.append(model.model.layers[0].mlp.up_proj.weight.detach().clone())
+
+    tokens = torch.full((12, 16), 2)
+    tokens[-1] = 13
+    with pytest.raises(NonFiniteError, match=r"at step \d, text blocks \[.*11.*\]: stopped"):
+        run(model, teacher, tokens=tokens, progress=watch)
+    assert not weights or torch.equal(model.model.layers[0].mlp.up_proj.weight, weights[-1])
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "sgd"}, "accepted are ast"),
+        ({"tokens": torch.zeros(0, 16, dtype=torch.int64)}, "at least 2 tokens"),
+        ({"tokens": torch.zeros(4, 1, dtype=torch.int64)}, "at least 2 tokens"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(llama(), **change)
+    model = llama()
+    with pytest.raises(ValueError, match="without a dense teacher"):
+        retrain(
+            model, None, linears_of(model), masks_of(linears_of(model)), text(), Budget(tokens=64), loop=FP32,
+            settings=AstSettings(),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="each sparse linear needs one"):
+        retrain(model, model, linears_of(model), {}, text(), Budget(tokens=64), loop=FP32, settings=AstSettings())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        lambda: LoopSettings(precision="fp8"), lambda: LoopSettings(train="head"), lambda: LoopSettings(kl_weight=2),
+        lambda: LoopSettings(batch=4, micro_batch=3), lambda: LoopSettings(warmup=1.0), lambda: AstSettings(form="x"),
+        lambda: AstSettings(mask_decay_ramp=0.0), lambda: LowRankSettings(init="svd"),
+    ],
+)  # fmt: skip
+def test_settings_are_checked(settings: Any) -> None:
+    with pytest.raises(ValueError, match=r"given; accepted|must|shares"):
+        settings()
+
+
+SCRIPT = """
+import sys, time, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_retraining as t
+torch.set_num_threads(1)
+model = t.llama()
+loop = t.LoopSettings(learning_rate=3e-2, precision="bf16", checkpoint_minutes=0.0)
+slow = lambda step, total, metrics: (print(step, flush=True), time.sleep(float(sys.argv[2])))
+t.run(model, loop=loop, work_dir=Path(sys.argv[1]), progress=slow)
+torch.save(model.state_dict(), Path(sys.argv[1]) / "result.pt")
+"""
+
+
+def start(work: Path, pause: float) -> "subprocess.Popen[str]":
+    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", script, str(work), str(pause)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_killed_run_goes_on_and_ends_bit_identical(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference, process = start(whole, 0.0), start(killed, 0.05)
+    assert process.stdout is not None
+    while int(process.stdout.readline()) < 17:
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    reference.communicate()
+    resumed = start(killed, 0.0)
+    output, _ = resumed.communicate()
+    assert reference.returncode == resumed.returncode == 0
+    assert 15 <= int(output.split()[0]) <= 19, "it started over instead of going on"
+    results = [torch.load(folder / "result.pt") for folder in (whole, killed)]
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 31))
+    assert len(list((killed / "snapshots").glob("step-*"))) == 2
+
+
+def test_another_runs_snapshot_is_refused(tmp_path: Path) -> None:
+    saving = LoopSettings(learning_rate=3e-3, precision="fp32", checkpoint_minutes=0.0)
+    run(llama(), loop=saving, work_dir=tmp_path)
+    with pytest.raises(ValueError, match="another model, text or recipe"):
+        run(llama(), loop=saving, work_dir=tmp_path, settings=AstSettings(mask_decay=1e-3))
+    with pytest.raises(ValueError, match="another model, text or recipe"):
+        run(llama(), loop=saving, work_dir=tmp_path, tokens=text() + 0 * 1 - 0 + (text() == 5).long())
+
+
+def test_a_half_written_snapshot_is_ignored(tmp_path: Path) -> None:
+    saving = LoopSettings(learning_rate=3e-3, precision="fp32", checkpoint_minutes=0.0)
+    first = llama()
+    run(first, loop=saving, work_dir=tmp_path)
+    (tmp_path / "snapshots" / "step-00000099").mkdir()
+    (tmp_path / "snapshots" / ".step-00000098.part").mkdir()
+    again = llama()
+    run(again, loop=saving, work_dir=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
