@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 import socket
@@ -16,6 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serve.api.app import build_app
+from serve.api.errors import error_body
 from serve.api.limits import Gate, Limits
 from serve.api.metrics import Metrics
 from serve.api.state import ServerState
@@ -118,6 +120,18 @@ class DeadlineProtocol(H11Protocol):
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._cancel_deadline()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is not HTTP, or too large a head, gets an error in our shape too."""
+        body = json.dumps(error_body(400, msg, code="invalid_http")).encode()
+        headers = [("content-type", "application/json"), ("connection", "close")]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_deadline()

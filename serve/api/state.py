@@ -57,7 +57,7 @@ class ServerState:
         return {name: found[name] for name in GENERATION_KEYS if isinstance(found.get(name), int | float)}
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name not in (self.model_name, self.folder_name):
+        if name and name not in (self.model_name, self.folder_name):
             raise APIError(
                 404,
                 f"the model {name[:80]!r} does not exist; this server has {self.model_name!r}",

@@ -19,7 +19,7 @@ def draw(
 ) -> list[int]:
     sampler, seq, tokens = Sampler(frozenset({4})), Sequence(list(prompt), params), []
     for _ in range(count):
-        tokens.append(sampler(logits[None].clone(), [seq])[0].token)
+        tokens.append(sampler(LOGITS[None].clone(), [seq])[0].token)
     return tokens
 
 

@@ -1,0 +1,286 @@
+"""The real thing: a server process, OpenAI's own client, signals, hang-ups, and slow or greedy senders."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+Folder = Callable[[str], Path]
+MESSAGES = [{"role": "user", "content": "Tell me a story."}]
+GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+@contextmanager
+def server(folder: Path, *flags: str, **environment: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A running server's URL and process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serve", str(folder), "--port", "0", "--kv-cache-gb", "0.02", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+    )
+    try:
+        yield _url(process), process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _url(process: subprocess.Popen[str]) -> str:
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"url\s+(https?://\S+)", line):
+            return found[1]
+    raise AssertionError("the server did not start:\n" + "".join(lines))
+
+
+@pytest.fixture(scope="module")
+def url(tiny_folder: Folder) -> Iterator[str]:
+    with server(tiny_folder("llama"), "--dtype", "float32") as (address, _):
+        yield address
+
+
+def client(url: str, **options: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", **({"api_key": "none"} | options), max_retries=0)
+
+
+def gauge(url: str, name: str) -> float:
+    text = httpx.get(f"{url}/metrics").text
+    [value] = re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE)
+    return float(value)
+
+
+def eventually(check: Callable[[], bool], seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if check():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_openai_client_talks_and_streams(url: str) -> None:
+    api = client(url)
+    model = api.models.list().data[0].id
+    answer = api.chat.completions.create(model=model, messages=MESSAGES, max_tokens=12, **GREEDY)
+    stream = api.chat.completions.create(
+        model=model, messages=MESSAGES, max_tokens=12, stream=True, stream_options={"include_usage": True}, **GREEDY
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == answer.choices[0].message.content
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 12
+    completion = api.completions.create(model=model, prompt="The quick", max_tokens=4, **GREEDY)
+    assert completion.usage is not None
+    assert completion.usage.completion_tokens == 4
+
+
+def test_async_openai_clients_get_the_answers_of_one(url: str) -> None:
+    async def many() -> list[str | None]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as api:
+            calls = (
+                api.chat.completions.create(
+                    model="", messages=[{"role": "user", "content": f"Story {i % 4}"}], max_tokens=20, **GREEDY
+                )
+                for i in range(16)
+            )
+            return [answer.choices[0].message.content for answer in await asyncio.gather(*calls)]
+
+    texts = asyncio.run(many())
+    assert all(texts[i] == texts[i % 4] for i in range(16))
+    assert len(set(texts)) == 4
+
+
+def test_openai_client_sees_errors_as_its_own(url: str) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client(url).models.retrieve("other")
+    with pytest.raises(openai.BadRequestError):
+        client(url).chat.completions.create(model="", messages=MESSAGES, temperature=-1)
+
+
+def test_hanging_up_frees_the_request(url: str) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 480, "ignore_eos": True}
+    for stream in (True, False):
+        with raw_request(url, body | {"stream": stream}):
+            assert eventually(lambda: gauge(url, "vllm:num_requests_running") == 1)
+        assert eventually(lambda: gauge(url, "vllm:num_requests_running") == 0, seconds=1)
+        assert gauge(url, "halfweight:kv_blocks_used") == 0
+
+
+@contextmanager
+def raw_request(url: str, body: dict[str, object]) -> Iterator[None]:
+    """Send a request by hand; the connection is cut when the block is left."""
+    host, port = url.removeprefix("http://").split(":")
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + data)
+        yield
+
+
+def test_slow_heads_do_not_hinder_others(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    connections = [socket.create_connection((host, int(port))) for _ in range(100)]
+    try:
+        for connection in connections:
+            connection.sendall(b"GET /health HTTP/1.1\r\nX-Slow: ")
+        began = time.monotonic()
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert time.monotonic() - began < 1
+        connections[0].settimeout(15)
+        assert connections[0].recv(10) == b""
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def test_huge_head_is_refused(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(b"GET /health HTTP/1.1\r\nX-Large: " + b"a" * 200_000 + b"\r\n\r\n")
+        connection.settimeout(10)
+        assert b"200 OK" not in connection.recv(100)
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_what_is_not_http_gets_an_error_in_our_shape(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"HELLO SERVER\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b'"code": "invalid_http"' in answer
+
+
+def test_sigterm_lets_streams_finish(tiny_folder: Folder) -> None:
+    with server(tiny_folder("llama")) as (url, process):
+        body = {"messages": MESSAGES, "max_tokens": 400, "stream": True, "ignore_eos": True}
+        with httpx.Client(timeout=60) as http, http.stream("POST", f"{url}/v1/chat/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
+            assert httpx.get(f"{url}/health").status_code == 200
+            refused = httpx.post(f"{url}/v1/chat/completions", json=body)
+            assert refused.status_code == 503
+            assert "retry-after" in refused.headers
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.wait(timeout=5) == 0
+
+
+def test_sigterm_when_idle_exits_at_once(tiny_folder: Folder) -> None:
+    with server(tiny_folder("llama")) as (url, process):
+        httpx.get(f"{url}/health")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=3) == 0
+
+
+def test_second_signal_forces(tiny_folder: Folder) -> None:
+    with server(tiny_folder("llama"), "--shutdown-timeout", "60") as (url, process):
+        body = {"messages": MESSAGES, "max_tokens": 480, "stream": True, "ignore_eos": True, "n": 16}
+        with httpx.Client(timeout=60) as http, http.stream("POST", f"{url}/v1/chat/completions", json=body) as stream:
+            next(stream.iter_lines())
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=5)
+
+
+def test_api_key_and_model_name(tiny_folder: Folder) -> None:
+    flags = ("--host", "0.0.0.0", "--served-model-name", "story")
+    with server(tiny_folder("llama"), *flags, HALFWEIGHT_API_KEY="sesame") as (url, _):
+        url = url.replace("0.0.0.0", "127.0.0.1")
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        with pytest.raises(openai.AuthenticationError):
+            client(url).models.list()
+        assert client(url, api_key="sesame").models.list().data[0].id == "story"
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "serve", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def test_help_is_quick() -> None:
+    began = time.monotonic()
+    result = run("--help")
+    assert result.returncode == 0
+    assert "--max-model-len" in result.stdout
+    assert time.monotonic() - began < 1.0
+
+
+def test_check_generates_a_token(tiny_folder: Folder) -> None:
+    result = run(str(tiny_folder("llama")), "--check", "--kv-cache-gb", "0.01")
+    assert result.returncode == 0, result.stderr
+    assert "generated [" in result.stdout
+
+
+def test_terminal_chat(tiny_folder: Folder) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "serve", "chat", str(tiny_folder("llama")), "--max-model-len", "64"],
+        input="Hello\n/reset\nAgain\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout) > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("/nowhere",), "is not a folder"),
+        (("{tiny}", "--runtime", "vroom"), "unknown runtime 'vroom'; accepted: torch"),
+        (("{tiny}", "--host", "0.0.0.0"), "--api-key"),
+        (("{tiny}", "--ssl-keyfile", "x.pem"), "--ssl-certfile"),
+        (("{tiny}", "--port", "99999"), "--port is 99999"),
+        (("{tiny}", "--max-model-len", "100000"), "--max-model-len is 100000"),
+        (("{empty}",), "no config.json"),
+    ],
+)
+def test_mistakes_get_one_line(tiny_folder: Folder, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    names = {"tiny": str(tiny_folder("llama")), "empty": str(tmp_path)}
+    result = run(*(argument.format(**names) for argument in arguments))
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_port_in_use_is_said_before_anything_is_loaded(tiny_folder: Folder) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        began = time.monotonic()
+        result = run(str(tiny_folder("llama")), "--port", str(taken.getsockname()[1]))
+    assert result.returncode == 2
+    assert "cannot listen" in result.stderr
+    assert time.monotonic() - began < 1.0
