@@ -100,7 +100,8 @@ class Ast:
                 self._add_branch(name, module, mask, settings.low_rank, dtype)
             module.register_buffer("weight_mask", mask, persistent=False)
             entry = train_linear(f"{name}.weight", module, mask, adam)
-            entry.master.mul_(torch.where(mask, 1.0, settings.masked_start))
+            kept = entry.kept()
+            entry.master.mul_(kept + (1.0 - kept) * settings.masked_start)
             entry.publish()
             self.sparse[name] = entry
         self.dense = [train_dense(name, parameter, adam) for name, parameter in dense.items()]
@@ -152,7 +153,7 @@ class Ast:
         for entry in self.sparse.values():
             size = entry.master.abs()
             total += float(size.sum())
-            kept += float(torch.where(entry.mask, size, 0.0).sum())  # type: ignore[arg-type]
+            kept += float(size.mul_(entry.kept()).sum())
         half = self._weights() / 2
         return {"mean_kept": kept / half, "mean_masked": (total - kept) / half}
 

@@ -4,13 +4,40 @@ A solver maps a weight [O, I] and statistics with a Hessian to (weight, mask); p
 new one is one file here and one line in SOLVERS.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from compressor.calibration import LayerStats
+from compressor.calibration import LayerStats, Progress, calibrate_blocks, weight_of
 from compressor.solvers import sparsegpt
 
 Solver = Callable[[Tensor, LayerStats], tuple[Tensor, Tensor]]
 
 SOLVERS: dict[str, Solver] = {"sparsegpt": sparsegpt.solve}
+
+
+def prune_blocks(
+    model: nn.Module,
+    token_batches: Iterable[Tensor],
+    linears: Mapping[str, nn.Module],
+    *,
+    solver: str = "sparsegpt",
+    progress: Progress | None = None,
+) -> tuple[dict[str, Tensor], dict[str, LayerStats]]:
+    """Prune a model in place, block after block; each block is calibrated on the output of the pruned ones before it.
+
+    Returns the masks [O, I] and the statistics of each linear without their Hessians, which live for one block only.
+    """
+    solve = SOLVERS[solver]
+    masks: dict[str, Tensor] = {}
+    kept: dict[str, LayerStats] = {}
+    for stats in calibrate_blocks(model, token_batches, linears, hessian=True):
+        for name, layer in stats.items():
+            weight = weight_of(linears[name]).detach()
+            solved, masks[name] = solve(weight, layer)
+            weight.copy_(solved)
+            kept[name] = replace(layer, hessian=None)
+        if progress is not None:
+            progress(len(masks), len(linears))
+    return masks, kept

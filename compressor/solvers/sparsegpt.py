@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from compressor.calibration import LayerStats
+from compressor.hessian import inverse_factor
 from compressor.masks import n_m_mask
 
 _BLOCK = 128
-_DAMPING = 0.01
 
 
 @torch.no_grad()
@@ -30,30 +30,13 @@ def solve(weight: Tensor, stats: LayerStats, n: int = 2, m: int = 4) -> tuple[Te
         )
     w = weight.to(torch.float32).clone()
     mask = torch.zeros_like(w, dtype=torch.bool)
-    u = _inverse_factor(stats.hessian)
+    u = inverse_factor(stats.hessian)
     width = _BLOCK - _BLOCK % m
     for start in range(0, w.shape[1], width):
         end = min(start + width, w.shape[1])
         errors = _solve_block(w[:, start:end], mask[:, start:end], u[start:end, start:end], n, m)
         w[:, end:] -= errors @ u[start:end, end:]
     return w.mul_(mask).to(weight.dtype), mask
-
-
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor U of H^-1 = U^T U; damping grows until the factorisation succeeds."""
-    h = hessian.to(torch.float32).clone()
-    diagonal = h.diagonal()
-    mean = float(diagonal.mean())
-    diagonal[diagonal == 0] = mean or 1.0
-    for attempt in range(6):
-        diagonal.add_(_DAMPING * (mean or 1.0) * 10.0 ** (attempt - 1 if attempt else 0))
-        factor, failed = torch.linalg.cholesky_ex(h)
-        if not bool(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not bool(failed):
-                assert isinstance(upper, Tensor)
-                return upper
-    raise ValueError("the Hessian is not positive definite even with damping; calibrate on more text")
 
 
 def _solve_block(w_OC: Tensor, mask_OC: Tensor, u_CC: Tensor, n: int, m: int) -> Tensor:
