@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from compressor import retraining
-from compressor.calibration import LayerStats, calibrate, weight_of
+from compressor.calibration import LayerStats, calibrate, calibrate_blocks, weight_of
 from compressor.checkpoint import CheckpointWriter
 from compressor.criteria import CRITERIA
 from compressor.data import TextBlocks, load_text
@@ -32,10 +32,11 @@ from compressor.model_card import model_card
 from compressor.models import block_linears, fetch_model, load_model, load_tokenizer
 from compressor.output import OutputFolder
 from compressor.preflight import Plan, check
-from compressor.quantizers import QUANTIZERS, snap
+from compressor.quantizers import NEED_HESSIAN, QUANTIZERS, rtn, snap
 from compressor.recipe import Recipe, parse_budget
 from compressor.retraining import text_loss
 from compressor.scheme import QuantizationConfig, Scheme
+from compressor.solvers import SOLVERS, prune_blocks
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def compress(name: str, recipe: Recipe, out: str | Path, *, force: bool = False,
         text = read_text(folder, recipe, result)
         sparse = sparsify(load_model(folder), recipe, result.plan, text, report)
         retrain(sparse, folder, recipe, text, result, report)
+        calibrate_quantizer(sparse, recipe, result.plan, text, report)
         save(sparse, name, recipe, output, result, report)
     shutil.rmtree(work_folder(output.path), ignore_errors=True)
     return result
@@ -101,7 +103,7 @@ def read_text(folder: Path, recipe: Recipe, result: Result) -> TextBlocks | None
         return None
     settings = recipe.text
     tokenizer = load_tokenizer(folder)
-    limit = None if recipe.retraining else settings.length * recipe.sparsity.samples if recipe.sparsity else None
+    limit = None if recipe.retraining else settings.length * blocks_needed(recipe)
     text = load_text(
         settings.source, tokenizer, length=settings.length, seed=recipe.seed, field=settings.field, max_tokens=limit
     )
@@ -109,32 +111,56 @@ def read_text(folder: Path, recipe: Recipe, result: Result) -> TextBlocks | None
     return text
 
 
+def blocks_needed(recipe: Recipe) -> int:
+    """Blocks of text that calibration reads."""
+    return max(recipe.quantization.samples, recipe.sparsity.samples if recipe.sparsity else 1)
+
+
 def sparsify(model: Any, recipe: Recipe, plan: Plan, text: TextBlocks | None, report: Report) -> SparseModel:
     """Calibrates, and prunes every planned linear in one shot by the recipe's criterion."""
     linears = {name: module for name, module in block_linears(model).items() if name in plan.schemes}
     if recipe.sparsity is None:
         return SparseModel(model, {}, {})
-    stats: dict[str, LayerStats] = {}
-    if text is not None:
-        batches = text.blocks[: recipe.sparsity.samples].split(8)
-        stats = calibrate(model, batches, linears, progress=lambda done, total: report("calibrate", done, total, {}))
-    score = CRITERIA[recipe.sparsity.criterion]
+    settings = recipe.sparsity
+    batches = [] if text is None else list(text.blocks[: settings.samples].split(8))
+    if settings.criterion in SOLVERS:
+        masks, stats = prune_blocks(
+            model,
+            batches,
+            linears,
+            solver=settings.criterion,
+            progress=lambda done, total: report("prune", done, total, {}),
+        )
+    else:
+        stats = (
+            calibrate(model, batches, linears, progress=lambda done, total: report("calibrate", done, total, {}))
+            if batches
+            else {}
+        )
+        masks = score_masks(linears, stats, settings.criterion, report)
+    return SparseModel(model, stats, masks)
+
+
+@torch.no_grad()
+def score_masks(
+    linears: Mapping[str, nn.Module], stats: Mapping[str, LayerStats], criterion: str, report: Report
+) -> dict[str, Tensor]:
+    """The 2:4 mask [O, I] of every linear by a criterion's score."""
     masks: dict[str, Tensor] = {}
     for done, (name, module) in enumerate(linears.items(), start=1):
-        masks[name] = n_m_mask(score(weight_of(module).float(), stats[name] if stats else None))
-        report("sparsify", done, len(linears), {})
-    if recipe.retraining is None:
-        with torch.no_grad():
-            for name, module in linears.items():
-                weight_of(module).mul_(masks[name])
-    return SparseModel(model, stats, masks)
+        masks[name] = n_m_mask(CRITERIA[criterion](weight_of(module).float(), stats.get(name)))
+        report("prune", done, len(linears), {})
+    return masks
 
 
 def retrain(
     sparse: SparseModel, folder: Path, recipe: Recipe, text: TextBlocks | None, result: Result, report: Report
 ) -> None:
-    """Trains the sparse model against the dense one, where the recipe says so; resumes an interrupted run."""
+    """Trains the sparse model against the dense one and resumes an interrupted run; without retraining, just prunes."""
     if recipe.retraining is None or text is None:
+        with torch.no_grad():
+            for name, mask in sparse.masks.items():
+                weight_of(sparse.model.get_submodule(name)).mul_(mask)
         return
     settings, plan = recipe.retraining, result.plan
     tokens, validation = text.split(settings.validation_blocks)
@@ -178,12 +204,33 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, Any]:
     return {short: metrics[name] for name, short in names.items() if name in metrics}
 
 
+@torch.no_grad()
+def calibrate_quantizer(
+    sparse: SparseModel, recipe: Recipe, plan: Plan, text: TextBlocks | None, report: Report
+) -> None:
+    """Rounds block after block where the quantiser needs Hessians; each sees the rounded ones before it."""
+    if recipe.quantization.quantizer not in NEED_HESSIAN or text is None or sparse.scales:
+        return
+    linears = {name: module for name, module in block_linears(sparse.model).items() if name in plan.schemes}
+    batches = list(text.blocks[: recipe.quantization.samples].split(8))
+    done = 0
+    for stats in calibrate_blocks(sparse.model, batches, linears, hessian=True):
+        for name, layer in stats.items():
+            weight = weight_of(linears[name]).detach()
+            rounded = QUANTIZERS[recipe.quantization.quantizer](weight, layer, plan.schemes[name])
+            weight.copy_(rounded.dequantized())
+            if rounded.scale is not None:
+                sparse.scales[name] = rounded.scale
+            done += 1
+        report("quantise", done, len(linears), {})
+
+
 def snap_to_grid(
     sparse: SparseModel, name: str, weight: Tensor, scheme: Scheme, recipe: Recipe
 ) -> Callable[[Tensor, slice], Tensor]:
     """Fixes a layer's scales as of now; returns what the forward is to see of rows of its weight from then on."""
     fmt = make_format(scheme)
-    scale = QUANTIZERS[recipe.quantization.quantizer](weight, sparse.stats.get(name), scheme).scale
+    scale = rtn(weight, sparse.stats.get(name), scheme).scale
     grid = fmt.grid
     if scale is None or grid is None:
         return lambda values, _rows: values
@@ -196,7 +243,7 @@ def quantize(sparse: SparseModel, name: str, weight: Tensor, scheme: Scheme, rec
     grid = make_format(scheme).grid
     if grid is not None and name in sparse.scales:
         return snap(weight.float(), sparse.scales[name], grid)
-    return QUANTIZERS[recipe.quantization.quantizer](weight, sparse.stats.get(name), scheme)
+    return rtn(weight, sparse.stats.get(name), scheme)
 
 
 def stored_tensors(sparse: SparseModel, plan: Plan, recipe: Recipe, report: Report) -> Iterator[tuple[str, Tensor]]:

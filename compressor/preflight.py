@@ -21,7 +21,7 @@ from compressor.data import ACCEPTED, NAMED
 from compressor.formats import make_format
 from compressor.masks import n_m_mask
 from compressor.models import block_linears, name_of, skeleton
-from compressor.quantizers import QUANTIZERS
+from compressor.quantizers import rtn
 from compressor.recipe import Recipe, parse_budget
 from compressor.scheme import Scheme
 
@@ -220,7 +220,7 @@ def try_one_layer(plan: Plan, recipe: Recipe) -> str:
         weight = weight.t().contiguous()
     fmt = make_format(scheme)
     pruned = weight * n_m_mask(weight.abs()) if fmt.sparse else weight
-    tensors = fmt.pack(QUANTIZERS[recipe.quantization.quantizer](pruned, None, scheme))
+    tensors = fmt.pack(rtn(pruned, None, scheme))
     fmt.validate(tensors)
     error = float((fmt.unpack(tensors).float() - pruned).norm() / pruned.norm())
     bits = fmt.bits_per_weight(*weight.shape)

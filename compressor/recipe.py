@@ -18,9 +18,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compressor.criteria import CRITERIA
-from compressor.quantizers import QUANTIZERS
+from compressor.quantizers import NEED_HESSIAN, QUANTIZERS
 from compressor.retraining import METHODS, AstSettings, Budget, LoopSettings, LowRankSettings
 from compressor.scheme import LowRank, Scheme
+from compressor.solvers import SOLVERS
 
 RECIPES = files("compressor") / "recipes"
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|tok|ktok|Mtok|Gtok)")
@@ -72,7 +73,7 @@ class Sparsity(_Section):
 
     @model_validator(mode="after")
     def _known(self) -> Sparsity:
-        return _check_name(self, "criterion", self.criterion, list(CRITERIA))
+        return _check_name(self, "criterion", self.criterion, [*CRITERIA, *SOLVERS])
 
 
 class Retraining(_Section):
@@ -109,6 +110,9 @@ class Quantization(_Section):
     group_size: int | Literal["auto", "row"] = "auto"
     """Inputs that share one scale. `auto`: the largest of 128, 64, 32 that divides every layer's in_features."""
     quantizer: str = "rtn"
+    """`rtn` rounds to nearest; `gptq` makes up for rounding errors with calibration text and keeps the mask."""
+    samples: int = Field(default=64, ge=1)
+    """Blocks of text that a quantiser reads, if it reads any."""
     embeddings: Literal["int8", "dense"] = "int8"
     """How embeddings and LM head are stored; they are never pruned."""
 
@@ -158,7 +162,8 @@ class Recipe(_Section):
     @property
     def uses_text(self) -> bool:
         """Whether any stage reads text."""
-        return self.retraining is not None or (self.sparsity is not None and self.sparsity.criterion != "magnitude")
+        calibrated = self.sparsity is not None and self.sparsity.criterion != "magnitude"
+        return self.retraining is not None or calibrated or self.quantization.quantizer in NEED_HESSIAN
 
 
 def parse_budget(text: str) -> Budget:

@@ -8,11 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from compressor.formats import QuantizedWeight
+from compressor.quantizers.gptq import gptq
 from compressor.quantizers.rtn import rtn, snap
 from compressor.scheme import Scheme
 
 Quantizer = Callable[[Tensor, Any, Scheme], QuantizedWeight]
 
-__all__ = ["QUANTIZERS", "Quantizer", "rtn", "snap"]
+__all__ = ["NEED_HESSIAN", "QUANTIZERS", "Quantizer", "gptq", "rtn", "snap"]
 
-QUANTIZERS: dict[str, Quantizer] = {"rtn": rtn}
+QUANTIZERS: dict[str, Quantizer] = {"rtn": rtn, "gptq": gptq}
+NEED_HESSIAN = ("gptq",)
+"""Quantisers whose statistics must hold Hessians."""

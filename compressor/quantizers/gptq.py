@@ -1,0 +1,97 @@
+"""GPTQ that keeps the mask (arXiv 2210.17323, with every update multiplied by the mask).
+
+Columns are rounded from left to right; with U the upper Cholesky factor of the inverse Hessian, the error of column j
+is made up for by subtracting `(w_j - q_j) / U_jj * U[j, j+1:]` from the columns still free. Plain GPTQ writes that into
+pruned positions too and so loses 2:4; here pruned weights take no update and stay zero.
+
+U knows nothing of the mask, so half of each correction is lost. Sweeps of coordinate descent win it back: each kept
+value in turn is set to the grid point that is best with all others fixed, which never makes the layer's error larger.
+
+Shapes: O out_features, I in_features, C columns of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.calibration import LayerStats
+from compressor.formats import QuantizedWeight, make_format
+from compressor.hessian import inverse_factor
+from compressor.quantizers.rtn import rtn
+from compressor.scheme import Scheme
+
+_BLOCK = 128
+_SWEEPS = 2
+
+
+@torch.no_grad()
+def gptq(weight: Tensor, stats: LayerStats | None, scheme: Scheme) -> QuantizedWeight:
+    """Rounds a weight [O, I] so that the layer's output changes least.
+
+    Scales are searched group by group as round-to-nearest does, on the weights as corrected so far.
+
+    Raises:
+        ValueError: no Hessian in `stats`, NaN in the weight, or a shape that the format refuses.
+    """
+    fmt = make_format(scheme)
+    if fmt.grid is None:
+        return rtn(weight, stats, scheme)
+    if stats is None or stats.hessian is None:
+        raise ValueError("quantizer 'gptq' needs Hessians; calibrate with hessian=True, or use the quantizer 'rtn'")
+    w = weight.detach().to(torch.float32).clone()
+    mask = w != 0 if fmt.sparse else torch.ones_like(w, dtype=torch.bool)
+    u = inverse_factor(stats.hessian)
+    size = w.shape[1] // fmt.groups(w.shape[1])
+    scales: list[Tensor] = []
+    for start in range(0, w.shape[1], size):
+        group = slice(start, start + size)
+        part = LayerStats(stats.input_norm[group], stats.tokens)
+        scale = rtn(w[:, group], part, Scheme(scheme.format, -1, scheme.dtype)).scale
+        assert scale is not None
+        scales.append(scale)
+        _round_group(w, mask, u, start, size, scale.float(), fmt.grid)
+    scale = torch.cat(scales, dim=1)
+    steps = scale.float().repeat_interleave(size, dim=1)
+    hessian = stats.hessian + 0.01 * stats.hessian.diagonal().mean() * torch.eye(w.shape[1])
+    for _ in range(_SWEEPS):
+        _sweep(w, weight.detach().float(), mask, hessian, steps, fmt.grid)
+    return QuantizedWeight((w / steps).round_().clamp_(*fmt.grid).to(torch.int8), scale)
+
+
+def _round_group(
+    w: Tensor, mask: Tensor, u: Tensor, start: int, size: int, scale: Tensor, grid: tuple[int, int]
+) -> None:
+    """Rounds the columns [start, start + size) of w in place, block by block, and corrects the columns behind them."""
+    for first in range(start, start + size, _BLOCK):
+        last = min(first + _BLOCK, start + size)
+        columns = w[:, first:last].t().contiguous()
+        kept = mask[:, first:last].t().contiguous()
+        errors = torch.zeros_like(columns)
+        for j in range(last - first):
+            rounded = (columns[j] / scale[:, 0]).round_().clamp_(*grid) * scale[:, 0]
+            errors[j] = (columns[j] - rounded) / u[first + j, first + j]
+            columns[j] = rounded
+            later = u[first + j, first + j + 1 : last]
+            columns[j + 1 :] -= later[:, None] * errors[j] * kept[j + 1 :]
+        w[:, first:last] = columns.t()
+        w[:, last:] -= (errors.t() @ u[first:last, last:]) * mask[:, last:]
+
+
+def _sweep(q: Tensor, w: Tensor, mask: Tensor, hessian: Tensor, steps: Tensor, grid: tuple[int, int]) -> None:
+    """Sets each kept value of q [O, I], in place, to the grid point that is best for (w - q) H (w - q)^T."""
+    gradient = (w - q) @ hessian
+    for first in range(0, w.shape[1], _BLOCK):
+        block = slice(first, first + _BLOCK)
+        local, h = gradient[:, block].t().contiguous(), hessian[block, block]
+        old = q[:, block].t().contiguous()
+        kept, step = mask[:, block].t().contiguous(), steps[:, block].t().contiguous()
+        new = old.clone()
+        for j in range(len(new)):
+            best = new[j] + local[j] / h[j, j]
+            best = (best / step[j]).round_().clamp_(*grid) * step[j]
+            change = torch.where(kept[j], best - new[j], 0.0)
+            new[j] += change
+            local -= h[j, :, None] * change
+        q[:, block] = new.t()
+        gradient -= (new - old).t() @ hessian[block]
