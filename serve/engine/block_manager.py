@@ -81,7 +81,7 @@ class BlockManager:
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
-        seq.block_table.clear()
+        del seq.block_table[:]
         seq.num_computed = 0
 
     def _take(self, block: int) -> None:

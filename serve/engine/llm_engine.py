@@ -76,7 +76,6 @@ class EngineStats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     step_seconds: float = 0.0
-    model_seconds: float = 0.0
 
 
 class LLMEngine:
@@ -171,15 +170,11 @@ class LLMEngine:
             return []
         hidden = self.runner.run(step)
         self._score_prompts(hidden, step)
-        sampling = [item.seq for item in step if item.samples and item.seq.params.max_tokens != 0]
+        sampling = [item.seq for item in step if item.samples]
         sampled = self._sample(hidden, step, sampling)
-        computed = time.perf_counter()
         self.scheduler.commit(step)
         outputs = [self._advance(seq, choice) for seq, choice in zip(sampling, sampled, strict=True)]
-        outputs += [
-            self._finish_unsampled(item.seq) for item in step if item.samples and item.seq.params.max_tokens == 0
-        ]
-        self._count(step, began, computed)
+        self._count(step, sampling, time.perf_counter() - began)
         return outputs
 
     def generate(
@@ -226,11 +221,7 @@ class LLMEngine:
     def _sample(self, hidden: Tensor, step: list[Scheduled], sampling: list[Sequence]) -> list[Sampled]:
         if not sampling:
             return []
-        logits = self.runner.sample_logits(hidden, step)
-        if len(sampling) < logits.shape[0]:
-            ready = [item.seq for item in step if item.samples]
-            logits = logits[[i for i, seq in enumerate(ready) if seq.params.max_tokens != 0]]
-        return self.sampler(logits, sampling)
+        return self.sampler(self.runner.sample_logits(hidden, step).numpy(), sampling)
 
     def _score_prompts(self, hidden: Tensor, step: list[Scheduled]) -> None:
         offset = 0
@@ -241,7 +232,7 @@ class LLMEngine:
                     seq.prompt_logprobs.append(None)
                 place = item.start + 1
                 for logits in self.runner.prompt_logits(hidden, offset, item.count):
-                    for row in logits:
+                    for row in logits.numpy():
                         if len(seq.prompt_logprobs) == place < seq.num_prompt:
                             seq.prompt_logprobs.append(logprobs_of(row, seq.tokens[place], count))
                         place += 1
@@ -249,6 +240,8 @@ class LLMEngine:
 
     def _advance(self, seq: Sequence, sampled: Sampled) -> StepOutput:
         """Append the sampled token and decide whether the sequence is finished."""
+        if seq.params.max_tokens == 0:  # the prompt was to be scored, nothing more
+            return self._output(seq, "", None, "length", None)
         seq.append(sampled.token)
         params, stream = seq.params, self._streams[seq.id]
         ends = sampled.token in params.stop_token_ids or (sampled.token in self.eos_token_ids and not params.ignore_eos)
@@ -273,10 +266,6 @@ class LLMEngine:
     def _is_full(self, seq: Sequence) -> bool:
         limit = seq.params.max_tokens
         return len(seq) >= self.max_model_len or (limit is not None and seq.num_generated >= limit)
-
-    def _finish_unsampled(self, seq: Sequence) -> StepOutput:
-        """`max_tokens=0` computes the prompt only: for scoring."""
-        return self._output(seq, "", None, "length", None)
 
     def _output(
         self, seq: Sequence, text: str, sampled: Sampled | None, reason: str | None, stop: str | int | None
@@ -306,15 +295,13 @@ class LLMEngine:
         self._streams.pop(seq.id, None)
         self._sequences.pop(seq.id, None)
 
-    def _count(self, step: list[Scheduled], began: float, computed: float) -> None:
-        sampled = sum(item.samples for item in step)
+    def _count(self, step: list[Scheduled], sampling: list[Sequence], seconds: float) -> None:
         self.stats.steps += 1
-        self.stats.generated_tokens += sampled
-        self.stats.prompt_tokens += sum(
-            max(0, min(item.start + item.count, item.seq.num_prompt) - item.start) for item in step
-        )
-        self.stats.model_seconds += computed - began
-        self.stats.step_seconds += time.perf_counter() - began
+        self.stats.step_seconds += seconds
+        self.stats.generated_tokens += len(sampling)
+        for item in step:
+            if item.start < item.seq.num_prompt:
+                self.stats.prompt_tokens += min(item.start + item.count, item.seq.num_prompt) - item.start
 
 
 def _collect(output: GenerationOutput, step: StepOutput, now: float) -> None:

@@ -409,6 +409,8 @@ def test_dead_engine_ends_streams_with_an_error(tiny_folder: Callable[[str], Pat
 
 
 def test_metrics_count(engine: LLMEngine) -> None:
+    before = engine.stats.generated_tokens
+
     async def go() -> str:
         async with serving(engine) as client:
             await client.post("/v1/completions", json=TEXT)
@@ -418,6 +420,7 @@ def test_metrics_count(engine: LLMEngine) -> None:
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values['vllm:num_requests_running{model_name="tiny"}']) == 0
     assert float(values['vllm:request_success_total{model_name="tiny",finished_reason="length"}']) == 1
+    assert float(values['vllm:generation_tokens_total{model_name="tiny"}']) - before == 5
     assert float(values['vllm:time_to_first_token_seconds_count{model_name="tiny"}']) == 1
     assert float(values['vllm:inter_token_latency_seconds_count{model_name="tiny"}']) == 4
 

@@ -51,14 +51,14 @@ def test_reused_blocks_are_forgotten() -> None:
     assert blocks.extend(other, 8)
     again = Sequence(list(range(9)), PARAMS)
     blocks.match_prefix(again)
-    assert again.block_table == []
+    assert len(again.block_table) == 0
 
 
 def test_extend_takes_all_or_nothing() -> None:
     blocks = BlockManager(2, 4)
     seq = Sequence(list(range(12)), PARAMS)
     assert not blocks.extend(seq, 12)
-    assert seq.block_table == []
+    assert len(seq.block_table) == 0
     assert blocks.num_free == 2
 
 
