@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -265,40 +263,48 @@ def test_settings_are_checked(settings: Any) -> None:
         settings()
 
 
-SCRIPT = """
-import sys, time, torch
+KILL_AND_RESUME = """
+import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
+import torch
 import test_retraining as t
+
 torch.set_num_threads(1)
-model = t.llama()
-loop = t.LoopSettings(learning_rate=3e-2, precision="bf16", checkpoint_minutes=0.0)
-slow = lambda step, total, metrics: (print(step, flush=True), time.sleep(float(sys.argv[2])))
-t.run(model, loop=loop, work_dir=Path(sys.argv[1]), progress=slow)
-torch.save(model.state_dict(), Path(sys.argv[1]) / "result.pt")
+
+def child(work, pause, pipe):
+    if (pid := os.fork()) != 0:
+        return pid
+    def tell(step, total, metrics):
+        os.write(pipe, (str(step) + "\\n").encode())
+        time.sleep(pause)
+    model = t.llama()
+    loop = t.LoopSettings(learning_rate=3e-2, precision="bf16", checkpoint_minutes=0.0)
+    t.run(model, loop=loop, work_dir=work, progress=tell)
+    torch.save(model.state_dict(), work / "result.pt")
+    os._exit(0)
+
+whole, killed = Path(sys.argv[1]), Path(sys.argv[2])
+ignored = os.open(os.devnull, os.O_WRONLY)
+assert os.waitpid(child(whole, 0.0, ignored), 0)[1] == 0
+reading, writing = os.pipe()
+pid = child(killed, 0.05, writing)
+with open(reading) as steps:
+    while int(steps.readline()) < 17:
+        pass
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+assert os.waitpid(child(killed, 0.0, sys.stdout.fileno()), 0)[1] == 0
 """
-
-
-def start(work: Path, pause: float) -> "subprocess.Popen[str]":
-    script = SCRIPT.format(tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", script, str(work), str(pause)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
 
 
 def test_a_killed_run_goes_on_and_ends_bit_identical(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference, process = start(whole, 0.0), start(killed, 0.05)
-    assert process.stdout is not None
-    while int(process.stdout.readline()) < 17:
-        pass
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    reference.communicate()
-    resumed = start(killed, 0.0)
-    output, _ = resumed.communicate()
-    assert reference.returncode == resumed.returncode == 0
-    assert 15 <= int(output.split()[0]) <= 19, "it started over instead of going on"
+    script = KILL_AND_RESUME.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", script, str(whole), str(killed)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr
+    assert 15 <= int(done.stdout.split()[0]) <= 20, "it started over instead of going on"
     results = [torch.load(folder / "result.pt") for folder in (whole, killed)]
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
     steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
