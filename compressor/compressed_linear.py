@@ -95,9 +95,8 @@ class CompressedLinear(PackedModule):
         y = self.format.linear(x, tensors, tensors.get("bias"))
         return y + low_rank_linear(x, tensors) if self._has_low_rank else y
 
-    @property
-    def weight(self) -> Tensor:
-        """[O, I]: the weight unpacked on demand (never kept), for code that inspects models."""
+    def unpacked(self) -> Tensor:
+        """[O, I]: the weight, for code that inspects models; only before `prepare`."""
         return self.format.unpack(self.tensors)
 
 
@@ -112,11 +111,6 @@ class CompressedEmbedding(PackedModule):
     def forward(self, ids: Tensor) -> Tensor:
         """[..., embedding_dim] in the scheme's dtype from ids [...]."""
         return self.format.rows(self.tensors, ids)
-
-    @property
-    def weight(self) -> Tensor:
-        """[num_embeddings, embedding_dim], unpacked on demand (never kept)."""
-        return self.format.unpack(self.tensors)
 
 
 def tie(head: CompressedLinear, embedding: CompressedEmbedding) -> None:

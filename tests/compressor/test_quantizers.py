@@ -66,7 +66,7 @@ def test_the_clip_search_beats_the_largest_weight() -> None:
 
 
 def test_important_inputs_are_rounded_better() -> None:
-    weight, _, stats = layer()
+    weight, _, _ = layer()
     norm = torch.ones(128)
     norm[:16] = 100
     weighted = rtn(weight, LayerStats(norm, 512), Scheme("int4", -1)).dequantized()

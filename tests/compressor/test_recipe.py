@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import pytest
+
+from compressor.recipe import RecipeError, load_recipe, parse_budget, parse_recipe, recipe_names
+from compressor.retraining import Budget
+from compressor.scheme import LowRank
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_that_come_with_the_package_are_valid_and_described(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert len(recipe.description) > 20
+    assert parse_recipe(recipe.model_dump(mode="json", exclude_none=True)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("90s", Budget(seconds=90)), ("1.5h", Budget(seconds=5400)), ("2Mtok", Budget(tokens=2_000_000))],
+)
+def test_budgets(text: str, budget: Budget) -> None:
+    assert parse_budget(text) == budget
+
+
+@pytest.mark.parametrize("text", ["", "10", "-5m", "0s", "ten minutes", "5 parsecs"])
+def test_bad_budgets_name_good_ones(text: str) -> None:
+    with pytest.raises(ValueError, match="accepted: 90s"):
+        parse_budget(text)
+
+
+def test_overrides_reach_nested_settings() -> None:
+    recipe = load_recipe(
+        "ast-2of4-int4",
+        ["retraining.loop.learning_rate=0.001", "retraining.ast.low_rank.segment=32", "quantization.group_size=row"],
+    )
+    assert recipe.retraining is not None
+    assert recipe.retraining.loop.learning_rate == 0.001
+    assert recipe.retraining.low_rank == LowRank(32, "int8", False)
+    assert recipe.scheme(-1).low_rank == LowRank(32, "int8", False)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sparsity.criterion=wandaa", "did you mean 'wanda'"),
+        ("retraining.method=astt", "did you mean 'ast'"),
+        ("retraining.loop.leaning_rate=1", "did you mean 'learning_rate'"),
+        ("retraining.loop.learning_rate=fast", "number"),
+        ("quantization.values=int3", "int4"),
+        ("quantisation.values=int4", "did you mean 'quantization'"),
+        ("sparsity", "section.key=value"),
+        ("name.x=1", "not a section"),
+    ],
+)
+def test_mistakes_say_what_is_accepted(override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("ast-2of4-int4", [override])
+
+
+def test_files_and_their_faults(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("quantization: {values: int8}")
+    assert load_recipe(str(path)).name == "mine"
+    for broken in ("[1, 2]", "a: [", "sparsity: {}\nretraining: 3"):
+        path.write_text(broken)
+        with pytest.raises(RecipeError):
+            load_recipe(str(path))
+
+
+def test_retraining_without_sparsity_is_refused() -> None:
+    with pytest.raises(RecipeError, match="needs a sparsity section"):
+        parse_recipe({"retraining": {"budget": "1m"}})
+
+
+def test_formats_follow_from_sparsity_and_values() -> None:
+    base = load_recipe("one-shot-2of4-int4")
+    assert base.scheme(64).format == "sparse24_int4"
+    assert load_recipe("int4").scheme(64).format == "int4"
+    assert load_recipe("ast-2of4-bf16").scheme(64).format == "sparse24"
+    assert load_recipe("int4", ["quantization.values=float16"]).scheme(64).dtype == "float16"
+
+
+def test_ignore_takes_names_and_patterns() -> None:
+    recipe = parse_recipe({"ignore": ["a.b", r"re:.*\.k_proj"]})
+    assert recipe.ignores("a.b")
+    assert recipe.ignores("model.layers.3.k_proj")
+    assert not recipe.ignores("a.b.c")
