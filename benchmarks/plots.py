@@ -11,7 +11,7 @@ from html import escape
 
 BAR, GAP, WIDTH = 22, 12, 340
 CURVE_WIDTH, CURVE_HEIGHT = 340, 220
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 44
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 10, 44
 
 
 def bars(labels: Sequence[str], values: Sequence[float], texts: Sequence[str], summary: str) -> str:
@@ -50,7 +50,7 @@ def curve(x: Sequence[float], y: Sequence[float], x_title: str, y_title: str, su
         f'<text class="label" x="{middle}" y="{CURVE_HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>'
     )
     half = (CURVE_HEIGHT - BOTTOM + TOP) / 2
-    turned = f'transform="translate(13 {half}) rotate(-90)" text-anchor="middle"'
+    turned = f'transform="translate(10 {half}) rotate(-90)" text-anchor="middle"'
     lines.append(f'<text class="label" {turned}>{escape(y_title)}</text>')
     return _svg(CURVE_WIDTH, CURVE_HEIGHT, summary, lines)
 

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks.record import last_level_cache, machine_sentence, make_record, read_bandwidth, read_record, write_record
+
+
+def test_record_says_where_how_and_what(tmp_path: Path) -> None:
+    record = make_record("quality", ["a model", "--quick"], [{"model": "m", "perplexity": 3.5}], {"perplexity": 3.5})
+    assert record["command"] == "python -m benchmarks quality 'a model' --quick"
+    assert record["machine"]["cores"] >= 1
+    assert record["machine"]["read_bandwidth_bytes_per_s"] > 1e8
+    assert set(record["versions"]) == {"python", "halfweight", "torch", "transformers"}
+    assert "cores" in machine_sentence(record)
+    write_record(tmp_path / "deep" / "r.json", record)
+    assert read_record(tmp_path / "deep" / "r.json", "quality") == record
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, True, "3", None])
+def test_headline_takes_plain_numbers_only(value: object) -> None:
+    with pytest.raises(ValueError, match="headline 'x'"):
+        make_record("compare", [], [], {"x": value})  # type: ignore[dict-item]
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    file.write_text("not json")
+    with pytest.raises(ValueError, match="not a JSON record"):
+        read_record(file, "compare")
+    file.write_text(json.dumps({"name": "quality"}))
+    with pytest.raises(ValueError, match="no record of `python -m benchmarks compare`"):
+        read_record(file, "compare")
+
+
+def test_bandwidth_counts_the_bytes_that_were_read() -> None:
+    assert 1e8 < read_bandwidth(1 << 24) < 1e13
+    assert last_level_cache() is None or last_level_cache() >= 1 << 15  # type: ignore[operator]
