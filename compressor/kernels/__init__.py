@@ -5,12 +5,12 @@ One module per operator; the C++ is under `csrc/`. `docs/kernels.md` tells the l
 
 from __future__ import annotations
 
-from compressor.kernels.library import library
+from compressor.kernels import loading
 
 
 def available() -> bool:
     """Whether the compiled kernels can be used in this process."""
-    return library() is not None
+    return loading.LIBRARY is not None
 
 
 def isa() -> str:
@@ -18,13 +18,13 @@ def isa() -> str:
 
     The environment variable HALFWEIGHT_ISA forces one; it is read once, when the kernels load.
     """
-    loaded = library()
+    loaded = loading.LIBRARY
     return "torch" if loaded is None else loaded.halfweight_isa().decode()
 
 
 def supported_isas() -> list[str]:
     """What HALFWEIGHT_ISA accepts on this machine, best first; empty without the compiled kernels."""
-    loaded = library()
+    loaded = loading.LIBRARY
     return [] if loaded is None else loaded.halfweight_supported_isas().decode().split(",")
 
 

@@ -21,6 +21,8 @@ FORMATS = {"sparse24_int4": 0, "sparse24_int8": 1, "sparse24": 2, "int4": 3, "in
 HALVES = {torch.bfloat16: 0, torch.float16: 1}
 NAME = "weight_kernel"
 """Name of the blob among a layer's tensors."""
+COLUMNS = "weight_kernel_columns"
+"""Name of a tensor [0, I] without data, whose shape tells `torch.compile` in_features."""
 LARGEST_GROUP = 16384  # int32 sums of products of bytes stay exact
 
 
@@ -47,7 +49,15 @@ class Header:
 
 def supports(in_features: int, group_size: int) -> bool:
     """Whether the kernels take this group size: a multiple of 32, or one scale a row."""
-    return group_size == -1 or (group_size % CHUNK == 0 and group_size <= LARGEST_GROUP and in_features % group_size == 0)
+    return group_size == -1 or (
+        group_size % CHUNK == 0 and group_size <= LARGEST_GROUP and in_features % group_size == 0
+    )
+
+
+def prepared(header: Header, chunks: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
+    """The tensors of a layer in the kernel layout."""
+    columns = torch.empty(0, header.in_features, dtype=torch.uint8)
+    return {NAME: write(header, chunks, scale), COLUMNS: columns}
 
 
 def write(header: Header, chunks: Tensor, scale: Tensor | None) -> Tensor:

@@ -24,4 +24,4 @@ def prepare(tensors: Mapping[str, Tensor], group_size: int = -1) -> dict[str, Te
     pairs = blob.blocked(packed, 16, header, value=0x88) ^ 0x88
     columns = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2).unflatten(-1, (4, 2, 4))
     lanes = columns[..., 0, :] | (columns[..., 1, :] << 4)  # [B, 16, C, 4, 4]: column 8i + c with column 8i + 4 + c
-    return {blob.NAME: blob.write(header, blob.interleaved(lanes), scale)}
+    return blob.prepared(header, blob.interleaved(lanes), scale)

@@ -20,4 +20,4 @@ def prepare(tensors: Mapping[str, Tensor], group_size: int = -1) -> dict[str, Te
         return dict(tensors)
     header = blob.Header("int8", scale.dtype, *packed.shape, max(group_size, 0))
     chunks = blob.interleaved(blob.blocked(packed, 32, header).unflatten(-1, (8, 4)))
-    return {blob.NAME: blob.write(header, chunks, scale)}
+    return blob.prepared(header, chunks, scale)

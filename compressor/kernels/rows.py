@@ -12,4 +12,5 @@ from compressor.kernels import blob
 
 def rows(prepared: Mapping[str, Tensor], ids: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """[..., I] in `dtype`: the rows `ids` [...] (int64) of the weight."""
-    return torch.ops.halfweight.rows(prepared[blob.NAME], ids, dtype)
+    in_features = prepared[blob.COLUMNS].shape[1]
+    return torch.ops.halfweight.rows(prepared[blob.NAME], ids, in_features).to(dtype)

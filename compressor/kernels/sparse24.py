@@ -20,4 +20,4 @@ def prepare(tensors: Mapping[str, Tensor], group_size: int = -1) -> dict[str, Te
     header = blob.Header("sparse24", packed.dtype, packed.shape[0], 2 * packed.shape[1], 0)
     pairs = blob.blocked(packed, 16, header).unflatten(-1, (8, 2))
     chunks = torch.cat([blob.meta_vectors(tensors["weight_meta"], header), blob.interleaved(pairs)], dim=-1)
-    return {blob.NAME: blob.write(header, chunks, None)}
+    return blob.prepared(header, chunks, None)

@@ -24,4 +24,4 @@ def prepare(tensors: Mapping[str, Tensor], group_size: int = -1) -> dict[str, Te
     # One byte per quad; nibbles become two's complement. [B, 16, C, 2, 4]: quads c and c + 4 in two vectors.
     quads = (blob.blocked(packed, 8, header, value=0x88) ^ 0x88).unflatten(-1, (2, 4))
     chunks = torch.cat([blob.meta_vectors(tensors["weight_meta"], header), blob.interleaved(quads)], dim=-1)
-    return {blob.NAME: blob.write(header, chunks, scale)}
+    return blob.prepared(header, chunks, scale)

@@ -24,4 +24,4 @@ def prepare(tensors: Mapping[str, Tensor], group_size: int = -1) -> dict[str, Te
     # [B, 16, C, quad / 4, quad % 4, slot] -> vectors (quad / 4, slot) with quad % 4 as the byte of the lane.
     slots = blob.blocked(packed, 16, header).unflatten(-1, (2, 4, 2)).transpose(-1, -2).flatten(3, 4)
     chunks = torch.cat([blob.meta_vectors(tensors["weight_meta"], header), blob.interleaved(slots)], dim=-1)
-    return {blob.NAME: blob.write(header, chunks, scale)}
+    return blob.prepared(header, chunks, scale)

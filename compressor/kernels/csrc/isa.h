@@ -1,6 +1,6 @@
 // Included last by every isa_*.cpp, after its simd_*.h: fills the table.
 #pragma once
-#include "elementwise.h"
+#include "attention.h"
 
 namespace halfweight {
 namespace {
@@ -13,6 +13,12 @@ constexpr Kernels make_kernels(const char* name) {
   k.quantise = quantise;
   k.linear_int8 = linear_int8;
   k.linear_float = linear_float;
+  k.weight_row = weight_row;
+  k.attend = attend;
+  k.rms_norm = rms_norm;
+  k.silu_and_mul = silu_and_mul;
+  k.rotary = rotary;
+  k.copy_row = copy_row;
   return k;
 }
 

@@ -28,16 +28,33 @@ struct Linear {
 };
 
 struct Attention {
-  const void* query;        // [tokens][heads][dim]
+  const void* query;        // [tokens][heads][dim], query_stride elements from token to token
   const uint16_t* keys;     // bf16 [blocks][block_size][kv_heads][dim]
   const uint16_t* values;
   const int32_t* tables;    // [sequences][max_blocks]
   const int32_t* starts;    // [sequences + 1]
   const int32_t* lengths;   // [sequences]
-  void* out;
   Dtype dtype;
   int heads, kv_heads, dim, block_size, max_blocks;
+  int64_t query_stride;
   float scale;
+};
+
+constexpr int kAttentionRows = 64;
+HW_INLINE size_t attention_floats(int dim) {
+  return static_cast<size_t>(3 * kAttentionRows) * dim + kAttentionRows * kAttentionRows;
+}
+
+// One piece of work: queries [first, first + count) of a sequence, one kv head, keys [key_begin, key_end).
+struct AttentionPart {
+  int sequence, kv_head, first, count, key_begin, key_end;
+};
+
+// Rows of a matrix in one of our dtypes.
+struct RowsOf {
+  const void* data;
+  Dtype dtype;
+  int64_t stride;  // elements from row to row
 };
 
 struct Kernels {
@@ -53,14 +70,14 @@ struct Kernels {
   // The same with matrix tiles; nullptr where the instruction set has none. Used from `tile_tokens` tokens on; takes signed x.
   void (*linear_tiles)(const Linear& call, int begin, int end);
   int tile_tokens;
-  void (*rows)(const Weight& w, const int64_t* ids, int64_t begin, int64_t end, void* out, Dtype dtype);
-  void (*rms_norm)(const void* x, const void* residual, const void* weight, Dtype dtype, int columns, float eps, void* out, void* sum, int64_t begin, int64_t end);
-  void (*silu_and_mul)(const void* x, Dtype dtype, int columns, void* out, int64_t begin, int64_t end);
-  void (*rotary)(const void* x, Dtype dtype, int heads, int dim, const float* cos_sin, const int64_t* positions, void* out, int64_t begin, int64_t end);
-  void (*to_bf16)(const void* x, Dtype dtype, uint16_t* out, int64_t count);
-  // Queries [first, first + count) of one sequence's kv head over cached keys [key_begin, key_end): unnormalised sums with their maxima.
-  void (*attention)(const Attention& a, int sequence, int kv_head, int first, int count, int key_begin, int key_end, float* sums, float* maxima, float* weights);
-  void (*from_float)(const float* x, void* out, Dtype dtype, int64_t count);
+  // Row `id` of a weight, dequantised: out [in_features].
+  void (*weight_row)(const Weight& w, int64_t id, float* out);
+  void (*attend)(const Attention& a, const AttentionPart& part, float* memory, float* sums, float* largest, float* total);
+  // out = normalised(x (+ residual)) * weight; the sum, rounded to the dtype, goes to `sum` if there is a residual.
+  void (*rms_norm)(const RowsOf& x, const RowsOf& residual, const RowsOf& weight, int columns, float eps, void* out, void* sum, int64_t row, float* memory);
+  void (*silu_and_mul)(const RowsOf& x, int columns, void* out, int64_t row, float* memory);
+  void (*rotary)(const RowsOf& x, int heads, int dim, const float* cos_sin, void* out, int64_t row, float* memory);
+  void (*copy_row)(const void* x, Dtype from, void* out, Dtype to, int64_t count, float* memory);
 };
 
 extern const Kernels* const kScalar;

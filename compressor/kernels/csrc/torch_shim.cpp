@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace halfweight {
 namespace {
@@ -146,12 +147,12 @@ Type Tensor::type() const {
     if (shim.types[i] == type) return static_cast<Type>(i);
   return Type::other;
 }
-bool Tensor::contiguous() const {
+bool Tensor::contiguous(int from) const {
   int64_t* strides = nullptr;
   check(shim.strides(handle_, &strides), "tell a tensor's strides");
   const int64_t* n = sizes();
   int64_t expected = 1;
-  for (int i = dim() - 1; i >= 0; --i) {
+  for (int i = dim() - 1; i >= from; --i) {
     if (n[i] == 0) return true;
     if (n[i] != 1 && strides[i] != expected) return false;
     expected *= n[i];
@@ -163,6 +164,14 @@ Tensor Tensor::dense() && {
   Tensor copy = empty(sizes(), dim(), type());
   check(shim.copy(copy.handle_, handle_, 0), "copy a tensor");
   return copy;
+}
+Tensor Tensor::dense_rows() && {
+  return contiguous(1) ? std::move(*this) : std::move(*this).dense();
+}
+int64_t Tensor::row_stride() const {
+  int64_t* strides = nullptr;
+  check(shim.strides(handle_, &strides), "tell a tensor's strides");
+  return strides[0];
 }
 void* Tensor::data() const {
   void* data = nullptr;

@@ -41,8 +41,10 @@ class Tensor {
   int64_t size(int i) const { return sizes()[i < 0 ? dim() + i : i]; }
   int64_t numel() const;
   Type type() const;
-  bool contiguous() const;
+  bool contiguous(int from = 0) const;     // from this dimension on
+  int64_t row_stride() const;              // elements from one index of dimension 0 to the next; inner ones are contiguous
   Tensor dense() &&;                       // itself, or a contiguous copy
+  Tensor dense_rows() &&;                  // itself, or a contiguous copy where inner dimensions are not
   void* data() const;
   Value release() { Value v = reinterpret_cast<Value>(handle_); handle_ = nullptr; return v; }
   static Tensor empty(const int64_t* sizes, int dim, Type type);

@@ -11,10 +11,9 @@ import ctypes
 import logging
 import os
 import sysconfig
-from functools import cache
 from pathlib import Path
 
-import torch
+from compressor.kernels.fakes import register_fakes
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +22,12 @@ PATH_VARIABLE = "HALFWEIGHT_KERNELS"
 """Environment variable: another library file, or `none` to do without (for tests and for builders)."""
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """The loaded library with its operators registered, or None (said once in the log)."""
+def load() -> ctypes.CDLL | None:
+    """The loaded library with its operators registered, or None (said in the log).
+
+    Raises:
+        ValueError: HALFWEIGHT_ISA names an instruction set that is not to be had here.
+    """
     path = find()
     if path is None:
         log.warning("the CPU kernels (%s) are not installed; compressed weights run unpacked, slowly", NAME)
@@ -58,15 +60,5 @@ def find() -> Path | None:
     return next((folder / NAME for folder in folders if (folder / NAME).is_file()), None)
 
 
-def register_fakes() -> None:
-    """Shapes and dtypes of the operators' results, so that `torch.compile(fullgraph=True)` traces through them."""
-
-    @torch.library.register_fake("halfweight::linear")
-    def linear(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        low_rank: torch.Tensor | None,
-        exact: bool,
-    ) -> torch.Tensor:
-        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+LIBRARY = load()
+"""The library of this process: loaded once, with the package."""

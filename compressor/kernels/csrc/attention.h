@@ -1,0 +1,129 @@
+// Attention over a paged bf16 cache: blocks of 64 keys, online softmax, fp32 throughout.
+// Shapes: R rows = queries x query heads of one kv head; D head dimension; 64 keys a block.
+#pragma once
+#include "elementwise.h"
+
+namespace halfweight {
+namespace {
+
+constexpr int kKeys = kAttentionRows;  // a block; rows of a piece of work are as many at most
+
+// c[r][n] += sum over k of a[r][k] * b[k][n]; rows a multiple of 4, n a multiple of 16.
+template <int V> HW_INLINE void gemm_block(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int depth) {
+  Float acc[4][V];
+  for (int r = 0; r < 4; ++r) for (int v = 0; v < V; ++v) acc[r][v] = Simd::fload(c + r * ldc + v * Simd::kLanes);
+  for (int k = 0; k < depth; ++k) {
+    Float row[V];
+    for (int v = 0; v < V; ++v) row[v] = Simd::fload(b + k * ldb + v * Simd::kLanes);
+    for (int r = 0; r < 4; ++r) {
+      const Float x = Simd::fset1(a[r * lda + k]);
+      for (int v = 0; v < V; ++v) acc[r][v] = Simd::fma(x, row[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < 4; ++r) for (int v = 0; v < V; ++v) Simd::fstore(c + r * ldc + v * Simd::kLanes, acc[r][v]);
+}
+void gemm(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int rows, int depth, int columns) {
+  constexpr int wide = Simd::kLanes == 16 ? 4 : 2;
+  for (int r = 0; r < rows; r += 4) {
+    int n = 0;
+    for (; n + wide * Simd::kLanes <= columns; n += wide * Simd::kLanes)
+      gemm_block<wide>(a + r * lda, lda, b + n, ldb, c + r * ldc + n, ldc, depth);
+    for (; n < columns; n += Simd::kLanes) gemm_block<1>(a + r * lda, lda, b + n, ldb, c + r * ldc + n, ldc, depth);
+  }
+}
+
+struct Workspace {
+  float *query, *keys, *values, *scores;
+  Workspace(float* memory, int dim) {
+    query = memory, keys = query + kKeys * dim, values = keys + kKeys * dim, scores = values + kKeys * dim;
+  }
+};
+
+HW_INLINE const uint16_t* cached(const Attention& a, const uint16_t* cache, const int32_t* table, int kv_head, int key) {
+  const int64_t slot = static_cast<int64_t>(table[key / a.block_size]) * a.block_size + key % a.block_size;
+  return cache + (slot * a.kv_heads + kv_head) * a.dim;
+}
+
+// scores[r][j] = query r . key j. With many rows the keys are transposed first, so that lanes are keys.
+void score(const Attention& a, const Workspace& w, const int32_t* table, int kv_head, int first, int keys, int rows) {
+  const int dim = a.dim;
+  if (rows > 8) {
+    for (int j = 0; j < kKeys; ++j) {
+      const uint16_t* key = cached(a, a.keys, table, kv_head, first + (j < keys ? j : keys - 1));
+      for (int d = 0; d < dim; ++d) w.keys[d * kKeys + j] = bf16_to_float(key[d]);
+    }
+    for (int i = 0; i < rows * kKeys; ++i) w.scores[i] = 0;
+    gemm(w.query, dim, w.keys, kKeys, w.scores, kKeys, (rows + 3) / 4 * 4, dim, kKeys);
+    return;
+  }
+  for (int j = 0; j < keys; ++j) {
+    const uint16_t* key = cached(a, a.keys, table, kv_head, first + j);
+    for (int r = 0; r < rows; ++r) {
+      Float sum = Simd::fzero();
+      for (int d = 0; d < dim; d += Simd::kLanes) sum = Simd::fma(Simd::load_bf16(key + d), Simd::fload(w.query + r * dim + d), sum);
+      w.scores[r * kKeys + j] = Simd::reduce_add(sum);
+    }
+  }
+}
+
+// Turns scores into weights of the running softmax; `visible` keys of this block are before or at the row's position.
+void softmax_row(float* scores, int visible, float* out, int dim, float* largest, float* total) {
+  float lanes[16], highest = *largest;
+  for (int i = visible; i < kKeys; ++i) scores[i] = -INFINITY;
+  for (int i = 0; i < 16; ++i) lanes[i] = scores[i];
+  for (int j = 16; j < kKeys; j += 16) for (int i = 0; i < 16; ++i) lanes[i] = scores[j + i] > lanes[i] ? scores[j + i] : lanes[i];
+  for (int i = 0; i < 16; ++i) highest = lanes[i] > highest ? lanes[i] : highest;
+  if (visible > 0 && !(highest > -INFINITY)) highest = 0;  // only NaN or -inf so far: let them through
+  const float keep = exp_fast(*largest - highest);
+  float sums[16] = {};
+  for (int j = 0; j < kKeys; j += 16)
+    for (int i = 0; i < 16; ++i) {
+      const float weight = exp_fast(scores[j + i] - highest);
+      scores[j + i] = j + i < visible ? weight : 0;
+      sums[i] += scores[j + i];
+    }
+  float sum = 0;
+  for (int i = 0; i < 16; ++i) sum += sums[i];
+  *total = *total * (*largest > -INFINITY ? keep : 0) + sum;
+  if (*largest != highest) {
+    const float factor = *largest > -INFINITY ? keep : 0;
+    for (int d = 0; d < dim; ++d) out[d] *= factor;
+  }
+  *largest = highest;
+}
+
+// Queries [first, first + count) of a sequence, all heads of kv_head, over keys [begin, end): sums [R][D], not yet divided by
+// `total` [R]; `largest` [R] is the maximum they were taken relative to.
+void attend(const Attention& a, const AttentionPart& part, float* memory, float* sums, float* largest, float* total) {
+  const int dim = a.dim, heads = a.heads / a.kv_heads, rows = part.count * heads;
+  const int queries = a.starts[part.sequence + 1] - a.starts[part.sequence];
+  const int position = a.lengths[part.sequence] - queries + part.first;  // of the first query
+  const int32_t* table = a.tables + static_cast<int64_t>(part.sequence) * a.max_blocks;
+  const Workspace w(memory, dim);
+  const int padded = (rows + 3) / 4 * 4;
+  for (int i = 0; i < padded * dim; ++i) sums[i] = 0;
+  for (int r = 0; r < padded; ++r) largest[r] = -INFINITY, total[r] = 0;
+  for (int i = rows * dim; i < padded * dim; ++i) w.query[i] = 0;
+  for (int r = 0; r < rows; ++r) {
+    const int64_t token = a.starts[part.sequence] + part.first + r / heads;
+    load_row(a.query, a.dtype, token * a.query_stride + (part.kv_head * heads + r % heads) * dim, dim, w.query + r * dim);
+    for (int d = 0; d < dim; ++d) w.query[r * dim + d] *= a.scale;
+  }
+  for (int key = part.key_begin; key < part.key_end; key += kKeys) {
+    const int keys = part.key_end - key < kKeys ? part.key_end - key : kKeys;
+    score(a, w, table, part.kv_head, key, keys, rows);
+    for (int r = rows; r < padded; ++r) for (int j = 0; j < kKeys; ++j) w.scores[r * kKeys + j] = 0;
+    for (int r = 0; r < rows; ++r) {
+      const int before = position + r / heads + 1 - key;
+      softmax_row(w.scores + r * kKeys, before < 0 ? 0 : before < keys ? before : keys, sums + r * dim, dim, largest + r, total + r);
+    }
+    for (int j = 0; j < keys; ++j) {
+      const uint16_t* value = cached(a, a.values, table, part.kv_head, key + j);
+      for (int d = 0; d < dim; ++d) w.values[j * dim + d] = bf16_to_float(value[d]);
+    }
+    gemm(w.scores, kKeys, w.values, dim, sums, dim, padded, keys, dim);
+  }
+}
+
+}  // namespace
+}  // namespace halfweight

@@ -1,0 +1,18 @@
+// The boxed operators; operators.cpp holds their schemas and registers them.
+#pragma once
+#include "torch_shim.h"
+
+namespace halfweight {
+
+Weight parsed(const Tensor& blob, const char* what);  // fails on a damaged blob
+
+void linear(Value* stack, uint64_t inputs, uint64_t outputs);
+void rows(Value* stack, uint64_t inputs, uint64_t outputs);
+void rms_norm(Value* stack, uint64_t inputs, uint64_t outputs);
+void add_rms_norm(Value* stack, uint64_t inputs, uint64_t outputs);
+void silu_and_mul(Value* stack, uint64_t inputs, uint64_t outputs);
+void rotary_embedding(Value* stack, uint64_t inputs, uint64_t outputs);
+void store_kv(Value* stack, uint64_t inputs, uint64_t outputs);
+void paged_attention(Value* stack, uint64_t inputs, uint64_t outputs);
+
+}  // namespace halfweight
