@@ -56,7 +56,7 @@ struct Choice {
   Choice() {
 #if defined(__x86_64__)
     const Processor p;
-    //AMX
+    offer(kAmx, p.amx);
     offer(kAvx512Vnni, p.vnni);
     offer(kAvx512, p.avx512);
     offer(kAvx2Vnni, p.avx_vnni);

@@ -14,7 +14,7 @@ const char* parse(const uint8_t* blob, size_t bytes, Weight* w) {
   if (h.out_features < 0 || h.in_features < 0 || h.in_padded < h.in_features || h.in_padded % kChunk != 0 ||
       h.in_padded > (1 << 24) || h.out_features > (1 << 28) || h.segment < 0)
     return "the prepared weight has impossible sizes";
-  if (h.group < 0 || h.group % kChunk != 0 || (h.group > 0 && h.in_padded % h.group != 0))
+  if (h.group < 0 || h.group % kChunk != 0 || h.group > 16384 || (h.group == 0 && h.in_padded % 64 != 0) || (h.group > 0 && h.in_padded % h.group != 0))
     return "the prepared weight has an impossible group size";
   w->format = h.format, w->half = h.half, w->segment = h.segment;
   w->out_features = h.out_features, w->in_features = h.in_features, w->in_padded = h.in_padded;

@@ -1,0 +1,15 @@
+#define HW_VNNI
+#include "simd_avx512.h"
+#include "isa.h"
+#include "tiles.h"
+
+namespace halfweight {
+static constexpr Kernels make() {
+  Kernels k = make_kernels("amx");
+  k.linear_tiles = linear_tiles;
+  k.tile_tokens = 6;
+  return k;
+}
+static constexpr Kernels table = make();
+const Kernels* const kAmx = &table;
+}  // namespace halfweight
