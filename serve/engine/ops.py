@@ -1,6 +1,9 @@
-"""The operations of a decoder step beside the linears.
+"""The steps of a decoder beside the linears: our kernels, and a reference for float32.
 
-Shapes: T tokens of this step, S sequences, H query heads, Hkv key heads, D head size, C channels.
+The kernels keep keys and values in bf16. `--dtype float32` is there to compare with, so it keeps them in float32 and
+attends in plain torch, one sequence after the other.
+
+Shapes: T tokens of this step, S sequences, H query heads, Hkv key heads, D head size.
 """
 
 from __future__ import annotations
@@ -9,16 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compressor.kernels import attention
+from compressor.kernels.fused import add_rms_norm, rms_norm, rotary_embedding, silu_and_mul
 
-def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    keep = slot_mapping >= 0
-    slots = slot_mapping[keep]
-    k_cache.view(-1, *k_cache.shape[2:])[slots] = key[keep].to(k_cache.dtype)
-    v_cache.view(-1, *v_cache.shape[2:])[slots] = value[keep].to(v_cache.dtype)
+__all__ = ["add_rms_norm", "paged_attention", "rms_norm", "rotary_embedding", "silu_and_mul", "store_kv"]
+
+
+def store_kv(key_THD: Tensor, value_THD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write this step's keys and values to their slots, in place."""
+    if k_cache.dtype == torch.bfloat16:
+        attention.store_kv(key_THD, value_THD, k_cache, v_cache, slot_mapping)
+        return
+    k_cache.flatten(0, 1)[slot_mapping] = key_THD
+    v_cache.flatten(0, 1)[slot_mapping] = value_THD
 
 
 def paged_attention(
-    query: Tensor,
+    query_THD: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     block_tables: Tensor,
@@ -26,46 +36,18 @@ def paged_attention(
     context_lens: Tensor,
     scale: float,
 ) -> Tensor:
-    out = torch.empty_like(query)
-    size = k_cache.shape[1]
+    """[T, H, D]: every token attends to its sequence up to itself."""
+    if k_cache.dtype == torch.bfloat16:
+        return attention.paged_attention(query_THD, k_cache, v_cache, block_tables, query_start, context_lens, scale)
+    out = torch.empty_like(query_THD)
     starts = query_start.tolist()
     for s, context in enumerate(context_lens.tolist()):
         begin, end = starts[s], starts[s + 1]
-        if begin == end:
-            continue
-        blocks = block_tables[s, : -(-context // size)].long()
-        key = k_cache[blocks].flatten(0, 1)[:context].to(query.dtype).transpose(0, 1)
-        value = v_cache[blocks].flatten(0, 1)[:context].to(query.dtype).transpose(0, 1)
+        blocks = block_tables[s, : -(-context // k_cache.shape[1])].long()
+        keys, values = (cache[blocks].flatten(0, 1)[:context].transpose(0, 1)[None] for cache in (k_cache, v_cache))
         positions = torch.arange(context - (end - begin), context)
-        mask = positions[:, None] >= torch.arange(context)[None]
-        attended = F.scaled_dot_product_attention(
-            query[begin:end].transpose(0, 1)[None], key[None], value[None], mask, scale=scale, enable_gqa=True
-        )
+        mask = positions[:, None] >= torch.arange(context)
+        query = query_THD[begin:end].transpose(0, 1)[None]
+        attended = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=True)
         out[begin:end] = attended[0].transpose(0, 1)
     return out
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x32 = x.float()
-    x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * x32.to(x.dtype)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return rms_norm(total, weight, eps), total
-
-
-def silu_and_mul(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def rotary_embedding(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = cos_sin[positions][:, None].chunk(2, dim=-1)
-
-    def turn(x: Tensor) -> Tensor:
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-    return turn(q), turn(k)

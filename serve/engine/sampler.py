@@ -1,9 +1,9 @@
 """From logits to the next token of each sequence.
 
 Shapes: S sequences, V vocabulary; logits_SV is float32, in numpy, whose arg-max over a vocabulary is twenty times
-faster than torch's on a CPU. Every random draw comes from the sequence's own generator, and one uniform number picks a token by the
-inverse of the cumulative distribution, so that a seeded request gives the same tokens whatever is batched beside it (as
-far as the logits themselves are the same).
+faster than torch's on a CPU. Every random draw comes from the sequence's own generator, and one uniform number picks
+a token by the inverse of the cumulative distribution, so that a seeded request gives the same tokens whatever is
+batched beside it (as far as the logits themselves are the same).
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.checkpoint import Checkpoint
 from compressor.compressed_linear import CompressedEmbedding, CompressedLinear, PackedModule, tie
 from serve.engine.models.config import ModelConfig, parse_config
 from serve.engine.models.decoder import MLP, Attention, Decoder, DecoderLayer, Norm
+from serve.engine.models.linears import KernelEmbedding, PlainEmbedding, PlainLinear, packed_embedding, packed_linear
 from serve.engine.models.rotary import rotary_table
 from serve.engine.tokenizer import read_json
 
@@ -41,30 +41,6 @@ class LoadedModel:
                 storage = buffer.untyped_storage()
                 seen[storage.data_ptr()] = storage.nbytes() if _owned(buffer) else buffer.nbytes
         return sum(seen.values())
-
-
-class PlainLinear(nn.Module):
-    """A linear that the checkpoint stores plainly: the dense baseline, and the reference in float32."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight: Tensor
-        self.bias: Tensor | None
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class PlainEmbedding(nn.Module):
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight: Tensor
-        self.register_buffer("weight", weight)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
 
 
 def load_model(folder: Path, dtype: str = "bfloat16") -> LoadedModel:
@@ -152,14 +128,20 @@ class _Loader:
             return PlainLinear(weight, tensors["bias"].to(self.dtype) if bias else None)
         if bias:
             tensors["bias"] = tensors["bias"].to(getattr(torch, scheme.dtype))
-        return self._filled(CompressedLinear(in_features, out_features, scheme, bias=bias), names[0], tensors)
+        with torch.device("meta"):
+            stored = CompressedLinear(in_features, out_features, scheme, bias=bias)
+        self._fill(stored, names[0], tensors)
+        return packed_linear(stored)
 
     def _embedding(self, name: str) -> nn.Module:
         config, scheme = self.config, self.checkpoint.scheme_of(name)
         tensors = self.checkpoint.module(name)
         if scheme is None:
             return PlainEmbedding(self._plain(name, tensors["weight"], (config.vocab_size, config.hidden_size)))
-        return self._filled(CompressedEmbedding(config.vocab_size, config.hidden_size, scheme), name, tensors)
+        with torch.device("meta"):
+            stored = CompressedEmbedding(config.vocab_size, config.hidden_size, scheme)
+        self._fill(stored, name, tensors)
+        return packed_embedding(stored)
 
     def _plain(self, name: str, weight: Tensor, shape: tuple[int, int]) -> Tensor:
         if tuple(weight.shape) != shape:
@@ -173,19 +155,17 @@ class _Loader:
             return self._linear([name], config.hidden_size, config.vocab_size, bias=False)
         if not config.tied:
             raise ValueError(f"the checkpoint has no {name}, and config.json does not tie it to the embedding")
-        if isinstance(embed, PlainEmbedding):
-            return PlainLinear(embed.get_buffer("weight"), None)
+        if isinstance(embed, KernelEmbedding | PlainEmbedding):
+            return embed.head()
         assert isinstance(embed, CompressedEmbedding)
         with torch.device("meta"):
             head = CompressedLinear(config.hidden_size, config.vocab_size, embed.scheme)
         tie(head, embed)
         return head
 
-    def _filled(self, module: PackedModule, name: str, tensors: dict[str, Tensor]) -> PackedModule:
+    def _fill(self, module: PackedModule, name: str, tensors: dict[str, Tensor]) -> None:
         try:
             module.assign(tensors)
         except ValueError as error:
             raise ValueError(f"{name} does not fit config.json: {error}") from None
-        module.prepare()
         self.formats.add(module.scheme.format)
-        return module

@@ -1,0 +1,93 @@
+"""Linears and embeddings as the decoder runs them: straight into one kernel, without a format's name in the way.
+
+`packed_linear` and `packed_embedding` take what the checkpoint stores to the kernel's layout, once. Where no kernel
+takes it (none is installed, or an odd group size), `compressor`'s own modules run it by unpacking, slowly but right.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.compressed_linear import CompressedEmbedding, CompressedLinear
+from compressor.kernels import blob, low_rank
+
+
+class KernelLinear(nn.Module):
+    """`y = x W^T + S (sums of x) + b` by one operator; `weight` and `low_rank` are in the kernel's layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, low_rank: Tensor | None) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.low_rank: Tensor | None
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.register_buffer("low_rank", low_rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.halfweight.linear.default(x, self.weight, self.bias, self.low_rank, False)
+        return out
+
+
+class KernelEmbedding(nn.Module):
+    """Rows of a packed table."""
+
+    def __init__(self, weight: Tensor, width: int) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.register_buffer("weight", weight)
+        self.width = width
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = torch.ops.halfweight.rows.default(self.weight, ids, self.width)
+        return out
+
+    def head(self) -> KernelLinear:
+        """The LM head that is tied to this embedding: the same tensor."""
+        return KernelLinear(self.weight, None, None)
+
+
+class PlainLinear(nn.Module):
+    """A linear that the checkpoint stores plainly: the dense baseline, and the reference in float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class PlainEmbedding(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.register_buffer("weight", weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+    def head(self) -> PlainLinear:
+        return PlainLinear(self.weight, None)
+
+
+def packed_linear(stored: CompressedLinear) -> nn.Module:
+    """`stored` for the kernel if there is one; `stored` must hold the checkpoint's tensors."""
+    tensors, branch = stored.tensors, stored.scheme.low_rank
+    prepared = stored.format.prepare({name: t for name, t in tensors.items() if name.startswith("weight")})
+    if blob.NAME not in prepared or "low_rank_a" in tensors:
+        return stored
+    side = None if branch is None else low_rank.prepare(tensors, branch.segment)
+    return KernelLinear(prepared[blob.NAME], tensors.get("bias"), side)
+
+
+def packed_embedding(stored: CompressedEmbedding) -> nn.Module:
+    prepared = stored.format.prepare(stored.tensors)
+    if blob.NAME not in prepared:
+        return stored
+    return KernelEmbedding(prepared[blob.NAME], stored.embedding_dim)
