@@ -101,7 +101,6 @@ def retrain(
     adam = AdamSettings(loop.beta1, loop.beta2, loop.eps, loop.weight_decay, settings.form)
     dense = _dense_parameters(model, linears, loop.train)
     model.eval().requires_grad_(False)
-    _cast(model, torch.float32)
     trainer = METHODS[method](linears, masks, dense, settings, adam, dtype, snap)
     _cast(model, dtype)
     for entry in trainer.trained:

@@ -164,12 +164,16 @@ class Ast:
             adam_step(entry, self.adam, step=step + 1, rate=rate, decay=decay, scale=scale)
         return {"mask_decay": decay}
 
-    def before_quantized(self) -> None:
-        """From now on the forward sees the values as they will be packed; the masters stay what is trained."""
+    def weights(self) -> dict[str, Tensor]:
+        """M*W of every sparse linear, in bf16."""
+        return {name: entry.masked().to(torch.bfloat16) for name, entry in self.sparse.items()}
+
+    def quantize_from(self, weights: Mapping[str, Tensor]) -> None:
+        """From now on the forward sees weights on the packed grids of these; the masters stay what is trained."""
         if self.snap is None:
             return
         for name, entry in self.sparse.items():
-            entry.transform = self.snap(name, entry.masked())
+            entry.transform = self.snap(name, weights[name].to(torch.float32))
             entry.publish()
 
     @torch.no_grad()

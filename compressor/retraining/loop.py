@@ -89,7 +89,9 @@ class Method(Protocol):
 
     def update(self, step: int, progress: float, rate: float, scale: float) -> dict[str, float]: ...
 
-    def before_quantized(self) -> None: ...
+    def weights(self) -> dict[str, Tensor]: ...
+
+    def quantize_from(self, weights: Mapping[str, Tensor]) -> None: ...
 
 
 class NonFiniteError(RuntimeError):
@@ -110,6 +112,7 @@ class Run:
     metrics_file: Path | None = None
     progress: Progress | None = None
     step: int = 0
+    quantized: bool = False
     trained_tokens: int = 0
     last: dict[str, float] = field(default_factory=dict)
 
@@ -118,21 +121,27 @@ class Run:
         heads = head_of(self.model), None if self.teacher is None else head_of(self.teacher)
         self._resume()
         saved = time.monotonic()
-        quantized = False
         while not self.plan.done(self.step):
             started = time.monotonic()
-            if not quantized and self._quantizes():
-                self.method.before_quantized()
-                quantized = True
+            if not self.quantized and self._in_quantized_share():
+                self._start_quantized()
             self._one_step(*heads, started)
             due = time.monotonic() - saved >= 60 * self.settings.checkpoint_minutes
             if self.snapshots is not None and due and not self.plan.done(self.step):
                 self._save()
                 saved = time.monotonic()
 
-    def _quantizes(self) -> bool:
+    def _in_quantized_share(self) -> bool:
         share = self.settings.quantize_share
         return share > 0 and self.plan.progress(self.step) >= 1.0 - share
+
+    def _start_quantized(self) -> None:
+        """Fix the packed grids to the weights as they are now; a resumed run must find the very same grids."""
+        weights = self.method.weights()
+        if self.snapshots is not None:
+            self.snapshots.save_weights(weights)
+        self.method.quantize_from(weights)
+        self.quantized = True
 
     def _one_step(self, head: Head, teacher_head: Head | None, started: float) -> None:
         settings, step = self.settings, self.step
@@ -213,7 +222,11 @@ class Run:
 
     def _save(self) -> None:
         assert self.snapshots is not None
-        record = {"plan": self.plan.state(), "trained_tokens": self.trained_tokens}
+        record = {
+            "plan": self.plan.state(),
+            "trained_tokens": self.trained_tokens,
+            "quantized": self.quantized,
+        }
         self.snapshots.save(self.step, self._state(), record)
 
     def _resume(self) -> None:
@@ -224,6 +237,9 @@ class Run:
         self.snapshots.restore(self._state())
         for entry in self.method.trained:
             entry.publish()
+        self.quantized = manifest["quantized"]
+        if self.quantized:
+            self.method.quantize_from(self.snapshots.load_weights())
         self.step, self.trained_tokens = manifest["step"], manifest["trained_tokens"]
         for name, value in manifest["plan"].items():
             setattr(self.plan, name, value)

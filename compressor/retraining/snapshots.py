@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-_MANIFEST, _TENSORS = "manifest.json", "state.safetensors"
+_MANIFEST, _TENSORS, _WEIGHTS = "manifest.json", "state.safetensors", "quantized-from.safetensors"
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,19 @@ class Snapshots:
                 raise ValueError(f"the snapshot in {self.folder} does not hold the tensors of this run; delete it")
             for name, tensor in tensors.items():
                 tensor.copy_(file.get_tensor(name))
+
+    def save_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep the weights that the quantised share starts from, beside the snapshots of the run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.folder / f".{_WEIGHTS}.part"
+        save_file(dict(weights), scratch)
+        _flush(scratch)
+        os.replace(scratch, self.folder / _WEIGHTS)
+
+    def load_weights(self) -> dict[str, Tensor]:
+        """The weights that the quantised share started from."""
+        weights: dict[str, Tensor] = load_file(self.folder / _WEIGHTS)
+        return weights
 
     def clear(self) -> None:
         """Remove the run's snapshots, once its result is safe elsewhere."""

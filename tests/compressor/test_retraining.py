@@ -321,6 +321,25 @@ def test_another_runs_snapshot_is_refused(tmp_path: Path) -> None:
         run(llama(), loop=saving, work_dir=tmp_path, tokens=text() + 0 * 1 - 0 + (text() == 5).long())
 
 
+def test_an_interrupted_quantised_share_goes_on_with_the_same_grids(tmp_path: Path) -> None:
+    loop = LoopSettings(learning_rate=3e-2, quantize_share=0.5, precision="fp32", checkpoint_minutes=0.0)
+
+    def snap(_name: str, weight: torch.Tensor) -> Any:
+        scale = weight.abs().amax() / 7
+        return lambda values, rows: (values / scale).round().clamp(-7, 7) * scale
+
+    def interrupt(step: int, total: int, metrics: Any) -> None:
+        if step == 21:
+            raise KeyboardInterrupt
+
+    whole, interrupted = llama(), llama()
+    run(whole, loop=loop, snap=snap)
+    with pytest.raises(KeyboardInterrupt):
+        run(llama(), loop=loop, snap=snap, work_dir=tmp_path, progress=interrupt)
+    run(interrupted, loop=loop, snap=snap, work_dir=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), interrupted.parameters(), strict=True))
+
+
 def test_a_half_written_snapshot_is_ignored(tmp_path: Path) -> None:
     saving = LoopSettings(learning_rate=3e-3, precision="fp32", checkpoint_minutes=0.0)
     first = llama()
