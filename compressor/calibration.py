@@ -45,44 +45,56 @@ def weight_of(module: nn.Module) -> Tensor:
 
 @dataclass
 class _Sums:
-    """Running sums of one linear."""
+    """Running sums of one input, and the input that was added last."""
 
     squares: Tensor
     gram: Tensor | None
     tokens: int = 0
+    latest: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        x_TI = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
+        self.squares += x_TI.square().sum(dim=0)
+        self.tokens += x_TI.shape[0]
+        self.latest = x
+        if self.gram is not None:
+            self.gram.addmm_(x_TI.t(), x_TI)
 
 
 @dataclass
 class _Recorder:
     """Forward hooks that add up x^2, and x x^T on demand.
 
-    Query, key and value read the same tensor: the sums of the latest input are kept, so it is worked through once.
+    Query, key and value read the same tensor: they share one record, so it is worked through and solved for once.
     """
 
     hessian: bool
     sums: dict[str, _Sums] = field(default_factory=dict)
-    latest: tuple[Tensor, Tensor, Tensor | None] | None = None
+    newest: _Sums | None = None
 
     @torch.no_grad()
     def add(self, name: str, x: Tensor) -> None:
-        if self.latest is None or self.latest[0] is not x:
-            x_TI = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
-            self.latest = (x, x_TI.square().sum(dim=0), x_TI.t() @ x_TI if self.hessian else None)
-        _, squares, gram = self.latest
         if name not in self.sums:
-            self.sums[name] = _Sums(torch.zeros_like(squares), None if gram is None else torch.zeros_like(gram))
-        sums = self.sums[name]
-        sums.squares += squares
-        sums.tokens += x.numel() // x.shape[-1]
-        if gram is not None and sums.gram is not None:
-            sums.gram += gram
+            shared = self.newest is not None and self.newest.latest is x
+            self.sums[name] = self.newest if shared and self.newest is not None else self._empty(x)
+        self.newest = self.sums[name]
+        if self.newest.latest is not x:
+            self.newest.add(x)
+
+    def _empty(self, x: Tensor) -> _Sums:
+        width, zeros = x.shape[-1], x.new_zeros
+        gram = zeros(width, width, dtype=torch.float32) if self.hessian else None
+        return _Sums(zeros(width, dtype=torch.float32), gram)
 
     def stats(self) -> dict[str, LayerStats]:
-        self.latest = None
+        """One LayerStats per input; linears that read the same one hold the same object."""
+        records: dict[int, LayerStats] = {}
         for name, sums in self.sums.items():
+            sums.latest = None
             if not bool(torch.isfinite(sums.squares).all()):
                 raise ValueError(f"inputs of {name} are not finite on the calibration text; is the model intact?")
-        return {name: LayerStats(s.squares.sqrt(), s.tokens, s.gram) for name, s in self.sums.items()}
+            records.setdefault(id(sums), LayerStats(sums.squares.sqrt(), sums.tokens, sums.gram))
+        return {name: records[id(sums)] for name, sums in self.sums.items()}
 
 
 @contextmanager

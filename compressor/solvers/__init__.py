@@ -7,6 +7,7 @@ new one is one file here and one line in SOLVERS.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from compressor.calibration import LayerStats, Progress, calibrate_blocks, weight_of
@@ -33,11 +34,23 @@ def prune_blocks(
     masks: dict[str, Tensor] = {}
     kept: dict[str, LayerStats] = {}
     for stats in calibrate_blocks(model, token_batches, linears, hessian=True):
-        for name, layer in stats.items():
-            weight = weight_of(linears[name]).detach()
-            solved, masks[name] = solve(weight, layer)
-            weight.copy_(solved)
-            kept[name] = replace(layer, hessian=None)
+        for layer, names in _by_input(stats):
+            weights = [weight_of(linears[name]).detach() for name in names]
+            heights = [weight.shape[0] for weight in weights]
+            solved, mask = solve(torch.cat(weights), layer)
+            for name, weight, rows, kept_rows in zip(
+                names, weights, solved.split(heights), mask.split(heights), strict=True
+            ):
+                weight.copy_(rows)
+                masks[name], kept[name] = kept_rows.clone(), replace(layer, hessian=None)
         if progress is not None:
             progress(len(masks), len(linears))
     return masks, kept
+
+
+def _by_input(stats: Mapping[str, LayerStats]) -> list[tuple[LayerStats, list[str]]]:
+    """Linears that read the same input are solved together: rows are independent, the factorisation is shared."""
+    groups: dict[int, tuple[LayerStats, list[str]]] = {}
+    for name, layer in stats.items():
+        groups.setdefault(id(layer), (layer, []))[1].append(name)
+    return list(groups.values())
