@@ -171,19 +171,36 @@ def _update_rows(
     scale: float,
 ) -> None:
     w, m, v = entry.master[rows], entry.momentum[rows], entry.variance[rows]
-    g = gradient_BI.to(torch.float32) * scale
-    masked = None
-    if entry.mask is not None and decay:
-        masked = entry.kept(rows).sub_(1.0).neg_().mul_(w)
-        if settings.form == "coupled":
-            g.add_(masked, alpha=decay)
+    g = (gradient_BI.to(torch.float32) * scale).contiguous()  # the fused kernel walks raw memory
+    weight_decay = settings.weight_decay if entry.decays else 0.0
+    pulled = None if entry.mask is None else entry.kept(rows).sub_(1.0).mul_(w).mul_(-decay)
+    if pulled is None or settings.form == "coupled":
+        _fused_adam(w, g if pulled is None else g.add_(pulled), m, v, settings, step, rate, weight_decay)
+        return
     m.lerp_(g, 1.0 - settings.beta1)
-    u = m
-    if masked is not None and settings.form == "decoupled":
-        u = masked.mul_(decay).add_(m)
-    square = g if settings.form == "coupled" or entry.mask is None else u
-    v.mul_(settings.beta2).addcmul_(square, square, value=1.0 - settings.beta2)
+    u = pulled.add_(m)
+    v.mul_(settings.beta2).addcmul_(u, u, value=1.0 - settings.beta2)
     root = v.sqrt().div_(math.sqrt(1.0 - settings.beta2**step)).add_(settings.eps)
-    if entry.decays:
-        w.mul_(1.0 - rate * settings.weight_decay)
+    w.mul_(1.0 - rate * weight_decay)
     w.addcdiv_(u, root, value=-rate / (1.0 - settings.beta1**step))
+
+
+def _fused_adam(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, settings: AdamSettings, step: int, rate: float, weight_decay: float
+) -> None:
+    """Plain AdamW in one pass over memory: the kernel under torch.optim.AdamW(fused=True)."""
+    torch._fused_adamw_(
+        [w],
+        [g],
+        [m],
+        [v],
+        [],
+        [torch.tensor(float(step), device=w.device)],
+        lr=rate,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        weight_decay=weight_decay,
+        eps=settings.eps,
+        amsgrad=False,
+        maximize=False,
+    )

@@ -116,3 +116,16 @@ def test_what_the_forward_sees_passes_the_transform() -> None:
 def test_a_mask_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="whose weight is"):
         train_linear("w", nn.Linear(8, 4), torch.ones(4, 4, dtype=torch.bool), AdamSettings())
+
+
+def test_without_a_mask_it_is_adamw() -> None:
+    settings = AdamSettings(weight_decay=0.1)
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 24).view(4, 6)) for _ in range(2))
+    entry = train_dense("w", ours, settings)
+    reference = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(1, 6):
+        theirs.grad = torch.randn(4, 6)
+        entry.gradient = theirs.grad.clone()
+        reference.step()
+        adam_step(entry, settings, step=step, rate=1e-2, decay=0.0)
+    torch.testing.assert_close(ours, theirs)
