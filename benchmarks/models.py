@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,17 @@ def describe_all(names: Sequence[str]) -> list[ModelFolder]:
     """One entry a model, with labels that differ. Names are what `compress` takes: folders, hub ids, `pypi:NAME`.
 
     Raises:
-        ValueError: no such model, or a folder that holds none.
+        ValueError: no such model, a folder that holds none, or one given twice.
     """
     found = [describe(name) for name in names]
-    labels = [model.label for model in found]
-    if len(set(labels)) == len(labels):
-        return found
-    return [ModelFolder(**vars(model) | {"label": f"{model.label} ({model.folder.name})"}) for model in found]
+    counts = Counter(model.label for model in found)
+    told = [
+        replace(model, label=f"{model.label} ({model.folder.name})") if counts[model.label] > 1 else model
+        for model in found
+    ]
+    if len({model.label for model in told}) < len(told):
+        raise ValueError(f"{', '.join(names)}: two of these are the same folder, or folders of the same name")
+    return told
 
 
 def describe(name: str) -> ModelFolder:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,16 @@ def test_loss_increase_is_paired_by_window() -> None:
     assert loss_increase({"window_nll": [1.0]}, {"window_nll": [2.0]}) == (1.0, None)
 
 
-def test_labels_of_like_models_differ(tiny_llama: Path, tiny_compressed: Path) -> None:
-    dense, first, second = describe_all([str(tiny_llama), str(tiny_compressed), str(tiny_compressed)])
-    assert dense.label == "dense bf16"
-    assert not dense.compressed
-    assert first.label == "one-shot 2:4 int4 (out)"
+def test_labels_of_like_models_differ(tiny_llama: Path, tiny_compressed: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_compressed, other)
+    dense, first, second = describe_all([str(tiny_llama), str(tiny_compressed), str(other)])
+    assert (dense.label, dense.compressed) == ("dense bf16", False)
+    assert [first.label, second.label] == ["one-shot 2:4 int4 (out)", "one-shot 2:4 int4 (other)"]
     assert "sparse24_int4" in second.storage
-    assert first.disk_bytes > 0
+    assert second.disk_bytes == sum(file.stat().st_size for file in other.iterdir())
+    with pytest.raises(ValueError, match="the same folder"):
+        describe_all([str(tiny_llama), str(other), str(other)])
 
 
 def test_curve_is_thinned_to_means(tmp_path: Path) -> None:
@@ -106,5 +110,5 @@ def test_compare_measures_writes_and_prints(
     assert found["weight_bytes"][packed] < found["weight_bytes"][dense]
     assert found["perplexity"][dense] == pytest.approx(259, rel=0.5)
     assert all(value > 0 for values in found.values() for value in values.values())
-    assert str(tmp_path) not in json.dumps(record["models"][0]["storage"])
+    assert all("folder" not in model for model in record["models"])
     assert "prose.txt" in page.read_text()
