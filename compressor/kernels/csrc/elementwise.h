@@ -7,27 +7,6 @@
 namespace halfweight {
 namespace {
 
-HW_INLINE void load_row(const void* x, Dtype dtype, int64_t at, int n, float* __restrict out) {
-  if (dtype == Dtype::f32) {
-    const float* p = static_cast<const float*>(x) + at;
-    for (int i = 0; i < n; ++i) out[i] = p[i];
-  } else {
-    const uint16_t* p = static_cast<const uint16_t*>(x) + at;
-    if (dtype == Dtype::bf16) for (int i = 0; i < n; ++i) out[i] = bf16_to_float(p[i]);
-    else for (int i = 0; i < n; ++i) out[i] = fp16_to_float(p[i]);
-  }
-}
-HW_INLINE void store_row(const float* __restrict v, Dtype dtype, int64_t at, int n, void* out) {
-  if (dtype == Dtype::f32) {
-    float* p = static_cast<float*>(out) + at;
-    for (int i = 0; i < n; ++i) p[i] = v[i];
-  } else {
-    uint16_t* p = static_cast<uint16_t*>(out) + at;
-    if (dtype == Dtype::bf16) for (int i = 0; i < n; ++i) p[i] = float_to_bf16(v[i]);
-    else for (int i = 0; i < n; ++i) p[i] = float_to_fp16(v[i]);
-  }
-}
-
 void to_float(const void* x, Dtype dtype, int in, int segment, float* out, int columns) {
   if (segment == 0) {
     load_row(x, dtype, 0, in, out);

@@ -44,19 +44,16 @@ template <int T> struct Dots {
 };
 
 template <int T> struct Sums {
-  Float acc[T][kAccumulators<T>];
+  static constexpr int kAccumulators = 2;  // whatever the batch: then a token's result does not depend on its neighbours
+  Float acc[T][kAccumulators];
   HW_INLINE void clear() {
     for (auto& a : acc) for (Float& v : a) v = Simd::fzero();
   }
   template <int unit> HW_INLINE void add(int t, Float x, Float w) {
-    Float& a = acc[t][unit % kAccumulators<T>];
+    Float& a = acc[t][unit % kAccumulators];
     a = Simd::fma(x, w, a);
   }
-  HW_INLINE Float total(int t) const {
-    Float s = acc[t][0];
-    for (int i = 1; i < kAccumulators<T>; ++i) s = Simd::fadd(s, acc[t][i]);
-    return s;
-  }
+  HW_INLINE Float total(int t) const { return Simd::fadd(acc[t][0], acc[t][1]); }
 };
 
 // Activations of token t at the chunk's first column.

@@ -7,7 +7,7 @@ namespace halfweight {
 static constexpr Kernels make() {
   Kernels k = make_kernels("amx");
   k.linear_tiles = linear_tiles;
-  k.tile_tokens = 6;
+  k.tile_tokens = 12;
   return k;
 }
 static constexpr Kernels table = make();

@@ -11,6 +11,7 @@ HW_INLINE constexpr size_t dtype_bytes(Dtype d) { return d == Dtype::f32 ? 4 : 2
 struct Activations {
   int tokens, columns;      // columns = in_padded, zero-filled behind in_features
   int8_t* quantised;        // [tokens][columns]; value + 128 where the kernel asks for unsigned ones
+  int tile;                 // 0, or for tiles: [tokens / 16][columns / tile][16][tile], so that a tile is one piece of memory
   float* scales;            // [tokens][groups]
   float* floats;            // [tokens][columns]
   int groups;
@@ -44,6 +45,9 @@ constexpr int kAttentionRows = 64;
 HW_INLINE size_t attention_floats(int dim) {
   return static_cast<size_t>(3 * kAttentionRows) * dim + kAttentionRows * kAttentionRows;
 }
+
+constexpr int kTileTokens = 16;
+HW_INLINE int tile_columns(const Weight& w) { return w.group % 64 == 0 ? 64 : 32; }
 
 // One piece of work: queries [first, first + count) of a sequence, one kv head, keys [key_begin, key_end).
 struct AttentionPart {

@@ -115,20 +115,37 @@ HW_INLINE void store_one(void* p, Dtype dtype, int64_t i, float v) {
   else static_cast<uint16_t*>(p)[i] = dtype == Dtype::bf16 ? float_to_bf16(v) : float_to_fp16(v);
 }
 
-// Adds the bias and rounds 16 rows of one token into the output; rows behind out_features are dropped.
-void finish(const Linear& call, int block, int token, const float* tile) {
-  const int out_features = call.weight->out_features, row = block * kRows;
-  const int rows = out_features - row < kRows ? out_features - row : kRows;
-  const int64_t at = static_cast<int64_t>(token) * out_features + row;
-  float v[kRows];
-  for (int r = 0; r < kRows; ++r) v[r] = tile[r];
-  if (call.bias) for (int r = 0; r < rows; ++r) v[r] += load_one(call.bias, call.bias_dtype, row + r);
-  if (rows == kRows && call.out_dtype == Dtype::bf16) {
-    uint16_t* out = static_cast<uint16_t*>(call.out) + at;
-    for (int r = 0; r < kRows; ++r) out[r] = float_to_bf16(v[r]);
+HW_INLINE void load_row(const void* x, Dtype dtype, int64_t at, int n, float* __restrict out) {
+  if (dtype == Dtype::f32) {
+    const float* p = static_cast<const float*>(x) + at;
+    for (int i = 0; i < n; ++i) out[i] = p[i];
   } else {
-    for (int r = 0; r < rows; ++r) store_one(call.out, call.out_dtype, at + r, v[r]);
+    const uint16_t* p = static_cast<const uint16_t*>(x) + at;
+    if (dtype == Dtype::bf16) for (int i = 0; i < n; ++i) out[i] = bf16_to_float(p[i]);
+    else for (int i = 0; i < n; ++i) out[i] = fp16_to_float(p[i]);
   }
+}
+HW_INLINE void store_row(const float* __restrict v, Dtype dtype, int64_t at, int n, void* out) {
+  if (dtype == Dtype::f32) {
+    float* p = static_cast<float*>(out) + at;
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(out) + at;
+    if (dtype == Dtype::bf16) for (int i = 0; i < n; ++i) p[i] = float_to_bf16(v[i]);
+    else for (int i = 0; i < n; ++i) p[i] = float_to_fp16(v[i]);
+  }
+}
+
+// Adds the bias to `rows` sums of one token, from row `first` on, and rounds them into the output; at most 128 rows.
+void finish(const Linear& call, int first, int rows, int token, float* sums) {
+  const int out_features = call.weight->out_features;
+  rows = out_features - first < rows ? out_features - first : rows;  // rows behind out_features are padding
+  if (call.bias) {
+    float bias[128];
+    load_row(call.bias, call.bias_dtype, first, rows, bias);
+    for (int r = 0; r < rows; ++r) sums[r] += bias[r];
+  }
+  store_row(sums, call.out_dtype, static_cast<int64_t>(token) * out_features + first, rows, call.out);
 }
 
 void linear_blocks(const Linear& call, const Tiles& tiles, const Tiles& low_rank, int begin, int end) {
@@ -142,7 +159,7 @@ void linear_blocks(const Linear& call, const Tiles& tiles, const Tiles& low_rank
       };
       run(tiles, *call.weight, call.x);
       if (call.low_rank) run(low_rank, *call.low_rank, call.sums);
-      for (int i = 0; i < n; ++i) finish(call, block, t + i, out + i * kRows);
+      for (int i = 0; i < n; ++i) finish(call, block * kRows, kRows, t + i, out + i * kRows);
       t += n;
     }
 }

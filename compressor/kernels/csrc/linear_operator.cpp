@@ -1,4 +1,5 @@
 // linear: quantise the activations, then share the row blocks among torch's threads.
+#include <cstring>
 #include <utility>
 
 #include "operators.h"
@@ -18,11 +19,11 @@ struct Input {
   size_t bytes;
 };
 
-Input plan_input(const Weight& w, int tokens, bool int8, bool as_unsigned, int padded_tokens) {
+Input plan_input(const Weight& w, int tokens, bool int8, bool as_unsigned, bool tiles, int padded_tokens) {
   Input in{};
   in.int8 = int8 && is_quantised(w.format);
   in.as_unsigned = as_unsigned;
-  in.a = {tokens, w.in_padded, nullptr, nullptr, nullptr, w.groups};
+  in.a = {tokens, w.in_padded, nullptr, tiles ? tile_columns(w) : 0, nullptr, nullptr, w.groups};
   const size_t values = static_cast<size_t>(padded_tokens) * w.in_padded;
   in.bytes = (in.int8 ? values : values * 4) + static_cast<size_t>(padded_tokens) * w.groups * 4 + 192;
   return in;
@@ -40,13 +41,20 @@ char* place(Input& in, char* memory, int padded_tokens) {
 
 float weight_factor(Format f) { return f == Format::sparse24_int4 || f == Format::int4 ? 16 : 1; }
 
+void scatter(const Activations& a, int64_t t, const int8_t* row) {
+  int8_t* to = a.quantised + t / kTileTokens * kTileTokens * a.columns + t % kTileTokens * a.tile;
+  for (int k = 0; k < a.columns; k += a.tile, to += kTileTokens * a.tile) std::memcpy(to, row + k, static_cast<size_t>(a.tile));
+}
+
 void fill_row(const Kernels& k, const Weight& w, Input& in, const char* x, Dtype dtype, int features, int64_t t) {
   const int columns = in.a.columns;
-  float* row = in.int8 ? reinterpret_cast<float*>(row_scratch.get(static_cast<size_t>(columns) * 4)) : in.a.floats + t * columns;
+  float* row = in.int8 ? reinterpret_cast<float*>(row_scratch.get(static_cast<size_t>(columns) * 5)) : in.a.floats + t * columns;
   k.to_float(x + t * features * dtype_bytes(dtype), dtype, features, w.segment, row, columns);
   float* scales = in.a.scales + t * in.a.groups;
   if (in.int8) {
-    k.quantise(row, columns, w.group, weight_factor(w.format), in.as_unsigned, in.a.quantised + t * columns, scales);
+    int8_t* out = in.a.tile ? reinterpret_cast<int8_t*>(row + columns) : in.a.quantised + t * columns;
+    k.quantise(row, columns, w.group, weight_factor(w.format), in.as_unsigned, out, scales);
+    if (in.a.tile) scatter(in.a, t, out);
     return;
   }
   // 0 where all are finite, else NaN: (x - x) is 0 or NaN, and sums keep a NaN.
@@ -62,8 +70,6 @@ void fill(const Kernels& k, const Weight& w, Input& in, const char* x, Dtype dty
     for (int64_t t = begin; t < end; ++t) fill_row(k, w, in, x, dtype, features, t);
   });
 }
-
-constexpr int kTileTokens = 16;
 
 }  // namespace
 
@@ -105,11 +111,11 @@ void linear(Value* stack, uint64_t, uint64_t) {
   const int tokens = static_cast<int>(rows);
   if (tokens > 0 && w.out_features > 0) {
     const Kernels& k = kernels();
-    const bool tiles = !exact && k.linear_tiles && tokens >= k.tile_tokens && (!low_rank_blob.defined() || is_quantised(branch.format));
+    const bool tiles = !exact && is_quantised(w.format) && k.linear_tiles && tokens >= k.tile_tokens && (!low_rank_blob.defined() || is_quantised(branch.format));
     const int padded = tiles ? (tokens + kTileTokens - 1) / kTileTokens * kTileTokens : tokens;
-    Input in = plan_input(w, tokens, !exact, !tiles && k.unsigned_x, padded);
+    Input in = plan_input(w, tokens, !exact, !tiles && k.unsigned_x, tiles, padded);
     Input sums{};
-    if (low_rank_blob.defined()) sums = plan_input(branch, tokens, !exact, !tiles && k.unsigned_x, padded);
+    if (low_rank_blob.defined()) sums = plan_input(branch, tokens, !exact, !tiles && k.unsigned_x, tiles, padded);
     char* memory = place(in, activations_scratch.get(in.bytes + sums.bytes), padded);
     const char* data = static_cast<const char*>(x.data());
     fill(k, w, in, data, dtype, w.in_features);

@@ -10,7 +10,7 @@
 namespace halfweight {
 namespace {
 
-constexpr int kTile = 16;              // tokens, or rows, of a tile
+constexpr int kTile = kTileTokens;     // tokens, or rows, of a tile
 constexpr int kStepTokens = 2 * kTile;
 constexpr size_t kPanelBytes = 768 * 1024;  // stays in the second-level cache beside the activations of a step
 
@@ -90,8 +90,6 @@ void unpack(const Weight& w, int block, uint8_t* out) {
 
 // ---- tiles: 0 to 3 sums [token tile][block], 4 and 5 activations, 6 and 7 weights ----
 
-int tile_columns(const Weight& w) { return w.group % 64 == 0 ? 64 : 32; }
-
 void configure_tiles(int columns) {
   alignas(64) uint8_t config[64] = {};
   config[0] = 1;  // palette
@@ -106,21 +104,21 @@ void configure_tiles(int columns) {
 
 // sums[token tile][block] (int32 [16][16] each) = activations x weights over columns [begin, end).
 template <int tokens, int blocks>
-HW_INLINE void multiply(const int8_t* x, int64_t stride, const uint8_t* w, int64_t block_bytes, int begin, int end, int columns, int32_t* sums) {
+HW_INLINE void multiply(const int8_t* x, int64_t token_tile, const uint8_t* w, int64_t block_bytes, int begin, int end, int columns, int32_t* sums) {
   _tile_zero(0);
   if constexpr (blocks == 2) _tile_zero(1);
   if constexpr (tokens == 2) _tile_zero(2);
   if constexpr (tokens == 2 && blocks == 2) _tile_zero(3);
   for (int k = begin; k < end; k += columns) {
     _tile_loadd(6, w + k * kRows, 64);
-    _tile_loadd(4, x + k, stride);
+    _tile_loadd(4, x + k * kTile, columns);
     _tile_dpbssd(0, 4, 6);
     if constexpr (blocks == 2) {
       _tile_loadd(7, w + block_bytes + k * kRows, 64);
       _tile_dpbssd(1, 4, 7);
     }
     if constexpr (tokens == 2) {
-      _tile_loadd(5, x + kTile * stride + k, stride);
+      _tile_loadd(5, x + token_tile + k * kTile, columns);
       _tile_dpbssd(2, 5, 6);
     }
     if constexpr (tokens == 2 && blocks == 2) _tile_dpbssd(3, 5, 7);
@@ -164,7 +162,7 @@ void multiply_pair(const Weight& w, const Activations& a, int token, int block, 
   Step before{};
   for (int g = 0; g < w.groups; ++g) {
     const int begin = g * w.group, end = w.group_end(g) * kChunk;
-    multiply<tokens, blocks>(x, a.columns, panel, block_bytes, begin, end, columns, sums[g & 1]);
+    multiply<tokens, blocks>(x, static_cast<int64_t>(kTile) * a.columns, panel, block_bytes, begin, end, columns, sums[g & 1]);
     if (g > 0) scale_sums<tokens, blocks>(before, w.half, sums[(g - 1) & 1]);
     before = {out, stride, {w.scales(block) + g * w.scale_stride, blocks == 2 ? w.scales(block + 1) + g * w.scale_stride : nullptr},
               a.scales + static_cast<int64_t>(token) * a.groups + g, a.groups};
@@ -204,7 +202,7 @@ void linear_tiles(const Linear& call, int begin, int end) {
   const size_t block_bytes = static_cast<size_t>(kRows) * w.in_padded;
   const size_t branch_bytes = call.low_rank ? static_cast<size_t>(kRows) * call.low_rank->in_padded : 0;
   int panel = static_cast<int>(kPanelBytes / block_bytes) / 2 * 2;
-  panel = panel < 2 ? 2 : panel > 8 ? 8 : panel;
+  panel = panel < 2 ? 2 : panel > 8 ? 8 : panel;  // finish() takes 128 rows
   uint8_t* weights = panel_memory.get(panel * (block_bytes + branch_bytes) + kStepTokens * panel * kRows * sizeof(float));
   uint8_t* branch = weights + panel * block_bytes;
   float* out = reinterpret_cast<float*>(branch + panel * branch_bytes);
@@ -223,8 +221,8 @@ void linear_tiles(const Linear& call, int begin, int end) {
         multiply_panel(*call.low_rank, call.sums, token, first, blocks, branch, out);
       }
       const int tokens = call.x.tokens - token < kStepTokens ? call.x.tokens - token : kStepTokens;
-      for (int t = 0; t < tokens; ++t)
-        for (int b = 0; b < blocks; ++b) finish(call, first + b, token + t, out + (static_cast<int64_t>(t) * blocks + b) * kRows);
+      const int rows = blocks * kRows;
+      for (int t = 0; t < tokens; ++t) finish(call, first * kRows, rows, token + t, out + static_cast<int64_t>(t) * rows);
     }
   }
   _tile_release();
