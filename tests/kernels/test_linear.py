@@ -138,7 +138,9 @@ def test_low_rank_branch(name: str, tokens: int, branch_dtype: torch.dtype, segm
     for exact in (False, True):
         y = linear(x, packed.prepared, low_rank=low_rank.prepare(branch, segment), exact=exact)
         quantised_sums = exact or branch_dtype == torch.bfloat16
-        allowed = bound(x, packed.weight, expected, 64, exact) + bound(sums.float(), dense, expected, -1, quantised_sums)
+        allowed = bound(x, packed.weight, expected, 64, exact) + bound(
+            sums.float(), dense, expected, -1, quantised_sums
+        )
         assert ((y.double() - expected).abs() <= allowed).all()
 
 
@@ -184,9 +186,7 @@ def test_fake_implementations_agree() -> None:
     torch.library.opcheck(
         torch.ops.halfweight.linear.default, (torch.randn(3, 128), weight, None, None, False), test_utils=tests
     )
-    torch.library.opcheck(
-        torch.ops.halfweight.rows.default, (weight, torch.tensor([1, 2]), 128), test_utils=tests
-    )
+    torch.library.opcheck(torch.ops.halfweight.rows.default, (weight, torch.tensor([1, 2]), 128), test_utils=tests)
 
 
 def test_mistakes_are_named() -> None:
