@@ -18,8 +18,15 @@ def chat(options: ServeOptions) -> int:
     from serve.runtimes.torch_compiled import load_engine
 
     engine = load_engine(options)
-    engine.self_test()
-    print(f"{options.model_name}: {engine.weight_bytes / 1e6:.0f} MB of weights. {HELP}")
+    try:
+        engine.self_test()
+        return _converse(engine, options.model_name)
+    finally:
+        engine.close()
+
+
+def _converse(engine: LLMEngine, name: str) -> int:
+    print(f"{name}: {engine.weight_bytes / 1e6:.0f} MB of weights. {HELP}")
     messages: list[dict[str, str]] = []
     while True:
         try:

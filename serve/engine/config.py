@@ -22,7 +22,9 @@ class EngineConfig:
         max_num_seqs: sequences computed at once.
         max_num_batched_tokens: tokens computed in one step.
         max_prefill_beside_decode: prompt tokens computed in a step in which others decode: bounds their stutter.
-        compile: capture decode steps (see `serve.engine.graph`); False computes every step eagerly.
+        compile: run steps as one native program (see `serve.engine.compiled`); the first time it is made, which takes
+            a minute or so; False computes every step eagerly.
+        compile_in_background: answer eagerly until the program is made, instead of waiting for it.
         dtype: of activations: `bfloat16` or `float32`.
     """
 
@@ -34,6 +36,7 @@ class EngineConfig:
     block_size: int = 16
     prefix_caching: bool = True
     compile: bool = True
+    compile_in_background: bool = False
     dtype: str = "bfloat16"
     num_threads: int | None = None
 

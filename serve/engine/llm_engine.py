@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from serve.engine.block_manager import BlockManager
+from serve.engine.compiled import BackgroundCompiler, CompiledStep, can_compile, program_path
 from serve.engine.config import EngineConfig, plan_cache
 from serve.engine.detokenizer import TextStream
 from serve.engine.model_runner import ModelRunner
@@ -94,6 +95,7 @@ class LLMEngine:
         )
         self.sampler = Sampler(self.eos_token_ids)
         self.stats = EngineStats()
+        self._compiler: BackgroundCompiler | None = None
         self._streams: dict[int, TextStream] = {}
         self._sequences: dict[int, Sequence] = {}
 
@@ -105,7 +107,37 @@ class LLMEngine:
             torch.set_num_threads(config.num_threads)
         folder = Path(folder)
         tokenizer = Tokenizer.from_folder(folder)
-        return cls(load_model(folder, config.dtype), tokenizer, config)
+        engine = cls(load_model(folder, config.dtype), tokenizer, config)
+        if config.compile:
+            engine._use_program(folder)
+        return engine
+
+    def _use_program(self, folder: Path) -> None:
+        """Exchange the decoder for its compiled program: at once if that is on disk, else when it is made."""
+        decoder, size = self.loaded.decoder, self.plan.block_size
+        if not can_compile(decoder):
+            logger.info("steps stay uncompiled: not all operators of this model have kernels here")
+            return
+        path = program_path(decoder, size)
+        if path.is_file():
+            self._exchange(CompiledStep(path, decoder))
+            return
+        self._compiler = BackgroundCompiler(folder, decoder, size, self._exchange)
+        if not self.config.compile_in_background:
+            self._compiler.wait()
+
+    def _exchange(self, program: CompiledStep) -> None:
+        self.runner.forward = program
+
+    @property
+    def compiled(self) -> bool:
+        """Whether steps run as a compiled program by now."""
+        return self.runner.forward is not self.loaded.decoder
+
+    def close(self) -> None:
+        """Stop what still runs in the background."""
+        if self._compiler is not None:
+            self._compiler.stop()
 
     @property
     def weight_bytes(self) -> int:

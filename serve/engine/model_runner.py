@@ -7,6 +7,7 @@ Shapes: T tokens of the step, S sequences, C hidden size, V vocabulary.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ class ModelRunner:
     def __init__(self, model: Decoder, plan: CachePlan) -> None:
         self.model = model
         self.plan = plan
+        # The decoder itself, or the program compiled from it: exchanged between two steps, once it is ready.
+        self.forward: Callable[[StepInputs, list[Tensor], list[Tensor]], Tensor] = model
         config = model.config
         shape = (plan.num_blocks, plan.block_size, config.num_kv_heads, config.head_dim)
         # Not zeroed: the pages cost memory only once they are used.
@@ -35,8 +38,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, step: list[Scheduled]) -> Tensor:
         """Hidden states [T, C] of the step's tokens, in the order of `step`."""
-        hidden_TC: Tensor = self.model(self.build_inputs(step), self.k_caches, self.v_caches)
-        return hidden_TC
+        return self.forward(self.build_inputs(step), self.k_caches, self.v_caches)
 
     @torch.inference_mode()
     def sample_logits(self, hidden_TC: Tensor, step: list[Scheduled]) -> Tensor:
@@ -55,24 +57,20 @@ class ModelRunner:
 
     def build_inputs(self, step: list[Scheduled]) -> StepInputs:
         total = sum(item.count for item in step)
-        size = self.plan.block_size
-        token_ids = np.empty(total, np.int64)
-        positions = np.empty(total, np.int64)
-        slots = np.empty(total, np.int64)
-        width = max(len(item.seq.block_table) for item in step)
-        tables = np.zeros((len(step), width), np.int32)
-        starts = np.zeros(len(step) + 1, np.int32)
-        contexts = np.empty(len(step), np.int32)
-        at = 0
+        token_ids, positions, slots = (np.empty(total, np.int64) for _ in range(3))
+        tables = np.zeros((len(step), max(len(item.seq.block_table) for item in step)), np.int32)
+        starts, contexts = np.zeros(len(step) + 1, np.int32), np.empty(len(step), np.int32)
+        at, size = 0, self.plan.block_size
         for i, item in enumerate(step):
-            seq, end = item.seq, item.start + item.count
+            seq, start, end = item.seq, item.start, item.start + item.count
             tables[i, : len(seq.block_table)] = seq.block_table
-            token_ids[at : at + item.count] = seq.tokens[item.start : end]
-            place = np.arange(item.start, end)
-            positions[at : at + item.count] = place
-            slots[at : at + item.count] = tables[i, place // size] * np.int64(size) + place % size
+            if item.count == 1:
+                token_ids[at], positions[at] = seq.tokens[start], start
+                slots[at] = seq.block_table[start // size] * size + start % size
+            else:
+                place = np.arange(start, end)
+                token_ids[at : at + item.count], positions[at : at + item.count] = seq.tokens[start:end], place
+                slots[at : at + item.count] = tables[i, place // size] * np.int64(size) + place % size
             at += item.count
-            starts[i + 1] = at
-            contexts[i] = end
-        arrays = (token_ids, positions, slots, tables, starts, contexts)
-        return StepInputs(*map(torch.from_numpy, arrays))
+            starts[i + 1], contexts[i] = at, end
+        return StepInputs(*map(torch.from_numpy, (token_ids, positions, slots, tables, starts, contexts)))

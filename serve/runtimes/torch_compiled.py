@@ -11,6 +11,7 @@ import contextlib
 import socket
 import threading
 import time
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,7 @@ def load_engine(options: ServeOptions) -> LLMEngine:
         max_num_batched_tokens=max(options.max_num_batched_tokens, options.max_num_seqs),
         prefix_caching=options.prefix_caching,
         compile=not options.eager,
+        compile_in_background=True,
         dtype=options.dtype,
         num_threads=options.threads,
     )
@@ -60,7 +62,7 @@ def load_engine(options: ServeOptions) -> LLMEngine:
 def _check(options: ServeOptions) -> int:
     from serve.engine.sampling_params import SamplingParams
 
-    engine = load_engine(options)
+    engine = load_engine(replace(options, eager=True))
     engine.self_test()
     [output] = engine.generate([[0]], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
     print(f"{options.model_name}: loaded, {engine.weight_bytes / 1e6:.1f} MB of weights, generated {output.token_ids}")

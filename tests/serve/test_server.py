@@ -29,7 +29,7 @@ GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 def server(folder: Path, *flags: str, **environment: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A running server's URL and process."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "serve", str(folder), "--port", "0", "--kv-cache-gb", "0.02", *flags],
+        [sys.executable, "-m", "serve", str(folder), "--port", "0", "--kv-cache-gb", "0.02", "--eager", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -244,7 +244,7 @@ def test_check_generates_a_token(tiny_folder: Folder) -> None:
 
 def test_terminal_chat(tiny_folder: Folder) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "serve", "chat", str(tiny_folder("llama")), "--max-model-len", "64"],
+        [sys.executable, "-m", "serve", "chat", str(tiny_folder("llama")), "--max-model-len", "64", "--eager"],
         input="Hello\n/reset\nAgain\n",
         capture_output=True,
         text=True,

@@ -17,8 +17,9 @@ from compressor.kernels import blob, low_rank
 class KernelLinear(nn.Module):
     """`y = x W^T + S (sums of x) + b` by one operator; `weight` and `low_rank` are in the kernel's layout."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, low_rank: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, low_rank: Tensor | None, float_out: bool = False) -> None:
         super().__init__()
+        self.float_out = float_out
         self.weight: Tensor
         self.bias: Tensor | None
         self.low_rank: Tensor | None
@@ -27,6 +28,7 @@ class KernelLinear(nn.Module):
         self.register_buffer("low_rank", low_rank)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.float() if self.float_out else x  # the result has the dtype of x
         out: Tensor = torch.ops.halfweight.linear.default(x, self.weight, self.bias, self.low_rank, False)
         return out
 
@@ -46,7 +48,7 @@ class KernelEmbedding(nn.Module):
 
     def head(self) -> KernelLinear:
         """The LM head that is tied to this embedding: the same tensor."""
-        return KernelLinear(self.weight, None, None)
+        return KernelLinear(self.weight, None, None, float_out=True)
 
 
 class PlainLinear(nn.Module):

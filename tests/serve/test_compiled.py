@@ -1,0 +1,55 @@
+"""The compiled step gives what the eager one gives, at sizes it was not made with, and is found again on disk."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from compressor.kernels import available
+from serve.engine.compiled import can_compile, program_path
+from serve.engine.llm_engine import LLMEngine
+from serve.engine.sampling_params import SamplingParams
+
+Folder = Callable[[str], Path]
+needs_kernels = pytest.mark.skipif(not available(), reason="the CPU kernels are not installed")
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+
+def load(folder: Path, **settings: object) -> LLMEngine:
+    return LLMEngine.from_folder(folder, kv_cache_gb=0.01, prefix_caching=False, **settings)
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.full)])
+def test_compiled_steps_equal_eager_ones(
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setenv("HALFWEIGHT_CACHE", str(tmp_path))
+    folder = tiny_folder(family)
+    eager = load(folder, compile=False)
+    prompts = [[5, 77, 130, 9], [260], [42, 18, 300, 7, 7, 91, 200, 33, 12, 64] * 4]
+    expected = [output.token_ids for output in eager.generate(prompts, GREEDY)]
+    assert not eager.compiled
+    made = load(folder)
+    assert made.compiled
+    assert [output.token_ids for output in made.generate(prompts, GREEDY)] == expected
+    assert [made.generate([prompt], GREEDY)[0].token_ids for prompt in prompts] == [
+        eager.generate([prompt], GREEDY)[0].token_ids for prompt in prompts
+    ]
+    assert program_path(eager.loaded.decoder, 16).is_file()
+    script = (
+        "import sys; from serve.engine.llm_engine import LLMEngine; "
+        f"engine = LLMEngine.from_folder({str(folder)!r}, kv_cache_gb=0.02); assert engine.compiled; "
+        "slow = [m for m in sys.modules if m.startswith(('transformers', 'torch._inductor'))]; assert not slow, slow"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_what_cannot_be_compiled_stays_eager(tiny_folder: Folder) -> None:
+    engine = load(tiny_folder("llama"), dtype="float32")
+    assert not can_compile(engine.loaded.decoder)
+    assert not engine.compiled
