@@ -154,7 +154,7 @@ class Run:
                 f"loss {loss.total}, gradient norm {norm} at step {step}, text blocks {blocks.tolist()}: stopped "
                 "before the update; lower learning_rate, or look at that text"
             )
-        progress = self.plan.progress(step)
+        progress = self.plan.progress(step + 0.5)
         rate = learning_rate(progress, settings.learning_rate, settings.warmup, settings.final_rate)
         scale = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
         metrics |= self.method.update(step, progress, rate, scale)

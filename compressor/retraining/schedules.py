@@ -67,10 +67,12 @@ class Plan:
         if self.budget.tokens is not None and not self.total:
             self.total, self.fixed = math.ceil(self.budget.tokens / self.tokens_per_step), True
 
-    def progress(self, step: int) -> float:
-        """Share of the budget spent before this step; 0 for the first, whose length is not known yet."""
-        if step <= self.anchor_step or self.total <= self.anchor_step:
-            return self.anchor_progress if step <= self.anchor_step else 1.0
+    def progress(self, step: float) -> float:
+        """Share of the budget spent before this step (step + 0.5: at its middle); 0 while no step has been timed."""
+        if not self.total or step <= self.anchor_step:
+            return self.anchor_progress
+        if self.total <= self.anchor_step:
+            return 1.0
         along = (step - self.anchor_step) / (self.total - self.anchor_step)
         return self.anchor_progress + (1.0 - self.anchor_progress) * min(1.0, along)
 

@@ -33,7 +33,7 @@ def test_a_token_budget_is_a_number_of_steps() -> None:
 
 def test_a_time_budget_is_fixed_after_a_few_steps() -> None:
     plan = Plan(Budget(seconds=100.0), tokens_per_step=1)
-    assert plan.progress(0) == 0.0 and not plan.done(0)
+    assert plan.progress(0) == plan.progress(0.5) == 0.0 and not plan.done(0)
     plan.took(0, 8.0)
     for step in range(1, 4):
         plan.took(step, 2.0)
