@@ -1,6 +1,6 @@
 """Attention over a paged key-value cache, for decode and for (chunked) prefill alike.
 
-Shapes: T tokens of all sequences one behind the other, S sequences, H query heads, Hkv key-value heads, D head dimension.
+Shapes: T tokens of all sequences one behind the other, S sequences, H query heads, Hkv key-value heads, D head size.
 A cache is bf16 [num_blocks, block_size, Hkv, D]. Without the compiled kernels the same functions run in plain torch.
 """
 
@@ -61,12 +61,16 @@ def paged_attention(
         blocks = block_tables[s, : -(-length // k_cache.shape[1])].long()
         keys, values = (cache[blocks].flatten(0, 1)[:length].transpose(0, 1) for cache in (k_cache, v_cache))
         rows = torch.arange(length - (end - begin), length)[:, None]
-        out[begin:end] = F.scaled_dot_product_attention(
-            query[begin:end].transpose(0, 1)[None].float(),
-            keys[None].float(),
-            values[None].float(),
-            attn_mask=torch.arange(length)[None, :] <= rows,
-            scale=scale,
-            enable_gqa=True,
-        )[0].transpose(0, 1).to(query.dtype)
+        out[begin:end] = (
+            F.scaled_dot_product_attention(
+                query[begin:end].transpose(0, 1)[None].float(),
+                keys[None].float(),
+                values[None].float(),
+                attn_mask=torch.arange(length)[None, :] <= rows,
+                scale=scale,
+                enable_gqa=True,
+            )[0]
+            .transpose(0, 1)
+            .to(query.dtype)
+        )
     return out

@@ -31,5 +31,5 @@ def rows(prepared: Mapping[str, Tensor], ids: Tensor) -> Tensor:
 
 def prepare_blob(weight: Tensor, segment: int = 0) -> Tensor:
     """The kernel layout of a weight [O, I]; see `low_rank.py` for `segment`."""
-    header = blob.Header("dense", weight.dtype, *weight.shape, 0, segment)
+    header = blob.Header("dense", weight.dtype, weight.shape[0], weight.shape[1], 0, segment)
     return blob.write(header, blob.interleaved(blob.blocked(weight, 32, header).unflatten(-1, (16, 2))), None)

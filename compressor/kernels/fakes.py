@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,7 +55,7 @@ def _paged_attention(
     return query.new_empty(query.shape)
 
 
-FAKES = {
+FAKES: dict[str, Callable[..., Any]] = {
     "linear": _linear,
     "rows": _rows,
     "rms_norm": _rms_norm,

@@ -18,6 +18,6 @@ def prepare(tensors: Mapping[str, Tensor], group_size: int = -1) -> dict[str, Te
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
     if not blob.supports(packed.shape[1], group_size):
         return dict(tensors)
-    header = blob.Header("int8", scale.dtype, *packed.shape, max(group_size, 0))
+    header = blob.Header("int8", scale.dtype, packed.shape[0], packed.shape[1], max(group_size, 0))
     chunks = blob.interleaved(blob.blocked(packed, 32, header).unflatten(-1, (8, 4)))
     return blob.prepared(header, chunks, scale)

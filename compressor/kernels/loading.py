@@ -39,9 +39,9 @@ def load() -> ctypes.CDLL | None:
         return None
     for function in (loaded.halfweight_register, loaded.halfweight_isa, loaded.halfweight_supported_isas):
         function.restype = ctypes.c_char_p
-    error = loaded.halfweight_register()
-    if error is not None:
-        message = error.decode()
+    refusal = loaded.halfweight_register()
+    if refusal is not None:
+        message = refusal.decode()
         if message.startswith("HALFWEIGHT_ISA"):
             raise ValueError(message)
         log.warning("the CPU kernels cannot be used (%s); compressed weights run unpacked, slowly", message)

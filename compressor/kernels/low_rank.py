@@ -11,10 +11,10 @@ from compressor.kernels.dense import prepare_blob
 
 
 def prepare(tensors: Mapping[str, Tensor], segment: int) -> Tensor:
-    """The `low_rank` argument of `linear`, from `low_rank_b` [O, I / segment] and, if int8, `low_rank_b_scale` [O, 1]."""
+    """`linear`'s `low_rank`, from `low_rank_b` [O, I / segment] and, if int8, `low_rank_b_scale` [O, 1]."""
     b, scale = tensors["low_rank_b"], tensors.get("low_rank_b_scale")
     if scale is None:
         return prepare_blob(b, segment)
-    header = blob.Header("int8", scale.dtype, *b.shape, 0, segment)
+    header = blob.Header("int8", scale.dtype, b.shape[0], b.shape[1], 0, segment)
     chunks = blob.interleaved(blob.blocked(b, 32, header).unflatten(-1, (8, 4)))
     return blob.write(header, chunks, scale)

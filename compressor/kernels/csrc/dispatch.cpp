@@ -89,6 +89,11 @@ const Choice& choice() {
 }  // namespace
 
 const Kernels& kernels() { return *choice().chosen; }
+const Kernels* find_kernels(const char* name) {
+  for (int i = 0; i < choice().count; ++i)
+    if (!std::strcmp(choice().available[i]->name, name)) return choice().available[i];
+  return nullptr;
+}
 const char* isa_error() { return choice().error[0] ? choice().error : nullptr; }
 const char* supported_isas() { return choice().names; }
 

@@ -133,10 +133,11 @@ float chunk_value(Format format, Half half, const uint8_t* chunk, int r, int k) 
 
 void weight_row(const Weight& w, int64_t id, float* out) {
   const int block = static_cast<int>(id / kRows), r = static_cast<int>(id % kRows);
-  const uint16_t* scales = w.scales(block);
+  const uint8_t* scales = w.data + block * w.block_bytes;
   for (int k = 0; k < w.in_features; ++k) {
     const float v = chunk_value(w.format, w.half, w.chunks(block) + chunk_bytes(w.format) * (k / kChunk), r, k % kChunk);
-    const uint16_t scale = is_quantised(w.format) ? scales[k / w.group * w.scale_stride + r] : 0;
+    uint16_t scale = 0;
+    if (is_quantised(w.format)) std::memcpy(&scale, scales + 2 * (k / w.group * w.scale_stride + r), 2);
     out[k] = !is_quantised(w.format) ? v : v * (w.half == Half::bf16 ? bf16_to_float(scale) : fp16_to_float(scale));
   }
 }

@@ -93,6 +93,7 @@ extern const Kernels* const kAmx;
 extern const Kernels* const kNeon;
 
 const Kernels& kernels();              // the best this machine has, or HALFWEIGHT_ISA's
+const Kernels* find_kernels(const char* name);  // nullptr: not to be had here
 const char* isa_error();               // why HALFWEIGHT_ISA was not followed, or nullptr
 const char* supported_isas();          // comma-separated, best first
 

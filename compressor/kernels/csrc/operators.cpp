@@ -14,6 +14,7 @@ __attribute__((visibility("default"))) const char* halfweight_register() {
   const struct { const char* schema; const char* name; Boxed kernel; } operators[] = {
       {"linear(Tensor x, Tensor weight, Tensor? bias, Tensor? low_rank, bool exact) -> Tensor", "linear", linear},
       {"rows(Tensor weight, Tensor ids, int in_features) -> Tensor", "rows", rows},
+      {"read_bytes(Tensor x) -> int", "read_bytes", read_bytes},
       {"rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", "rms_norm", rms_norm},
       {"add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)", "add_rms_norm", add_rms_norm},
       {"silu_and_mul(Tensor x) -> Tensor", "silu_and_mul", silu_and_mul},

@@ -8,6 +8,7 @@ Weight parsed(const Tensor& blob, const char* what);  // fails on a damaged blob
 
 void linear(Value* stack, uint64_t inputs, uint64_t outputs);
 void rows(Value* stack, uint64_t inputs, uint64_t outputs);
+void read_bytes(Value* stack, uint64_t inputs, uint64_t outputs);
 void rms_norm(Value* stack, uint64_t inputs, uint64_t outputs);
 void add_rms_norm(Value* stack, uint64_t inputs, uint64_t outputs);
 void silu_and_mul(Value* stack, uint64_t inputs, uint64_t outputs);

@@ -52,10 +52,14 @@ struct Simd {
   static __attribute__((noinline)) Float permute4(Float x, Int index) {
     return Float{x[index[0] & 3], x[index[1] & 3], x[index[2] & 3], x[index[3] & 3]};
   }
-  static HW_INLINE Float load_bf16(const uint16_t* p) {
+  static HW_INLINE Float load_bf16(const uint16_t* at) {
+    uint16_t p[4];
+    std::memcpy(p, at, 8);  // the weights need no alignment
     return Float{bf16_to_float(p[0]), bf16_to_float(p[1]), bf16_to_float(p[2]), bf16_to_float(p[3])};
   }
-  static HW_INLINE Float load_fp16(const uint16_t* p) {
+  static HW_INLINE Float load_fp16(const uint16_t* at) {
+    uint16_t p[4];
+    std::memcpy(p, at, 8);
     return Float{fp16_to_float(p[0]), fp16_to_float(p[1]), fp16_to_float(p[2]), fp16_to_float(p[3])};
   }
   static __attribute__((noinline)) Float low_fp16(Int a) {

@@ -1,4 +1,5 @@
 // The steps of a transformer around its linears: embedding rows, norms, activation, rotary positions, cache writes.
+#include <cstring>
 #include <utility>
 
 #include "operators.h"
@@ -67,6 +68,33 @@ void rows(Value* stack, uint64_t, uint64_t) {
   float* values = static_cast<float*>(out.data());
   for_rows(count, w.in_features, 1, [&](int64_t i, float*) { kernels().weight_row(w, id[i], values + i * w.in_features); });
   stack[0] = out.release();
+}
+
+// Reads every byte once, in 64 sequential streams: what a kernel bound by memory could do at best.
+void read_bytes(Value* stack, uint64_t, uint64_t) {
+  Tensor x_in(stack[0]);
+  const Tensor x = std::move(x_in).dense();
+  if (x.type() != Type::u8) fail("x must be uint8");
+  const char* data = static_cast<const char*>(x.data());
+  constexpr int64_t piece = 1 << 16;
+  const int64_t pieces = x.numel() / piece;
+  uint64_t sums[64] = {};
+  parallel(0, 64, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      uint64_t sum = 0;
+      for (int64_t i = slot * pieces / 64; i < (slot + 1) * pieces / 64; ++i)
+        for (int64_t at = i * piece; at < (i + 1) * piece; at += 64) {
+          __builtin_prefetch(data + at + 4096);
+          uint64_t words[8];
+          std::memcpy(words, data + at, 64);
+          sum += (words[0] + words[1]) + (words[2] + words[3]) + (words[4] + words[5]) + (words[6] + words[7]);
+        }
+      sums[slot] = sum;
+    }
+  });
+  uint64_t total = 0;
+  for (const uint64_t s : sums) total += s;
+  stack[0] = total;
 }
 
 void rms_norm(Value* stack, uint64_t, uint64_t) {

@@ -1,0 +1,67 @@
+// Four 128-bit registers hold a vector of the layout: four rows each. ARMv8.2 with the dot product instructions.
+#pragma once
+#include <arm_neon.h>
+
+#include "halves.h"
+
+namespace halfweight {
+namespace {
+
+struct Simd {
+  static constexpr int kBytes = 16, kLanes = 4, kTokens = 4, kFloatTokens = 4;
+  static constexpr bool kUnsignedX = false;
+  using Int = uint32x4_t;
+  using Float = float32x4_t;
+
+  static HW_INLINE int8x16_t bytes(Int a) { return vreinterpretq_s8_u32(a); }
+  static HW_INLINE Int zero() { return vdupq_n_u32(0); }
+  static HW_INLINE Int load(const void* p) { return vreinterpretq_u32_u8(vld1q_u8(static_cast<const uint8_t*>(p))); }
+  static HW_INLINE Int load128(const void* p) { return load(p); }
+  static HW_INLINE Int load32(const void* p) { uint32_t v; std::memcpy(&v, p, 4); return set1(v); }
+  static HW_INLINE Int set1(uint32_t v) { return vdupq_n_u32(v); }
+  static HW_INLINE Int and_(Int a, Int b) { return vandq_u32(a, b); }
+  static HW_INLINE Int and_or(Int a, Int b, Int c) { return vorrq_u32(vandq_u32(a, b), c); }
+  static HW_INLINE Int add(Int a, Int b) { return vaddq_u32(a, b); }
+  static HW_INLINE Int sub(Int a, Int b) { return vsubq_u32(a, b); }
+  template <int n> static HW_INLINE Int shl(Int a) { if constexpr (n == 0) return a; else return vshlq_n_u32(a, n); }
+  template <int n> static HW_INLINE Int shr(Int a) { if constexpr (n == 0) return a; else return vshrq_n_u32(a, n); }
+  template <int n> static HW_INLINE Int sar(Int a) { return vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(a), n)); }
+  static HW_INLINE Int shuffle(Int table, Int index) {
+    return vreinterpretq_u32_s8(vqtbl1q_s8(bytes(table), vreinterpretq_u8_u32(index)));
+  }
+  static HW_INLINE Int dot(Int acc, Int x, Int w) {
+    return vreinterpretq_u32_s32(vdotq_s32(vreinterpretq_s32_u32(acc), bytes(x), bytes(w)));
+  }
+  static HW_INLINE Int sum(Int acc, Int) { return acc; }
+
+  static HW_INLINE Float fzero() { return vdupq_n_f32(0); }
+  static HW_INLINE Float fset1(float v) { return vdupq_n_f32(v); }
+  static HW_INLINE Float fload(const float* p) { return vld1q_f32(p); }
+  static HW_INLINE Float fload4(const float* p) { return vld1q_f32(p); }
+  static HW_INLINE void fstore(float* p, Float v) { vst1q_f32(p, v); }
+  static HW_INLINE Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
+  static HW_INLINE Float mul(Float a, Float b) { return vmulq_f32(a, b); }
+  static HW_INLINE Float fadd(Float a, Float b) { return vaddq_f32(a, b); }
+  static HW_INLINE float reduce_add(Float a) { return vaddvq_f32(a); }
+  static HW_INLINE Float to_float(Int a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
+  static HW_INLINE Float as_float(Int a) { return vreinterpretq_f32_u32(a); }
+  static HW_INLINE Float permute4(Float x, Int index) {
+    const Int at = vaddq_u32(vmulq_n_u32(and_(index, set1(3)), 0x04040404), set1(0x03020100));  // the four bytes of that float
+    return vreinterpretq_f32_u32(shuffle(vreinterpretq_u32_f32(x), at));
+  }
+  static HW_INLINE Float load_bf16(const uint16_t* p) {
+    uint16x4_t h;
+    std::memcpy(&h, p, 8);
+    return as_float(vshll_n_u16(h, 16));
+  }
+  static HW_INLINE Float load_fp16(const uint16_t* p) {
+    uint16x4_t h;
+    std::memcpy(&h, p, 8);
+    return vcvt_f32_f16(vreinterpret_f16_u16(h));
+  }
+  static HW_INLINE Float low_fp16(Int a) { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(a))); }
+  static HW_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+};
+
+}  // namespace
+}  // namespace halfweight

@@ -1,0 +1,209 @@
+// Runs every kernel of every instruction set on buffers of exactly the needed size, for the sanitizers, and compares the
+// results with the scalar path's. No torch. Prints one line per instruction set; exits 1 at the first difference.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace halfweight;
+
+namespace {
+
+std::mt19937 random_bits(7);
+int failures = 0;
+
+// A vector whose data starts one byte behind an aligned address: nothing may rely on alignment.
+struct Bytes {
+  explicit Bytes(size_t n) : memory(n + 1), data(memory.data() + 1) {}
+  std::vector<uint8_t> memory;
+  uint8_t* data;
+};
+
+uint16_t bf16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+float uniform() { return static_cast<float>(random_bits() % 2001) / 1000 - 1; }
+
+// A blob with random contents; positions are valid, halves finite.
+std::vector<uint8_t> make_blob(Format format, int rows, int columns, int group, int segment) {
+  Header h{};
+  h.magic = kMagic, h.version = 1, h.format = format, h.half = Half::bf16;
+  h.out_features = rows, h.in_features = columns, h.group = group, h.segment = segment;
+  h.in_padded = group == 0 || group % 64 == 0 ? (columns + 63) / 64 * 64 : columns;
+  const int blocks = (rows + kRows - 1) / kRows;
+  const size_t groups = is_quantised(format) ? (group ? h.in_padded / group : 1) : 0;
+  const size_t scale_bytes = (groups * 32 + 63) / 64 * 64, chunk = chunk_bytes(format);
+  const size_t block_bytes = scale_bytes + chunk * (h.in_padded / kChunk);
+  std::vector<uint8_t> blob(sizeof h + blocks * block_bytes);
+  std::memcpy(blob.data(), &h, sizeof h);
+  static const uint8_t valid[] = {4, 8, 12, 9, 13, 14};
+  for (int b = 0; b < blocks; ++b) {
+    uint8_t* p = blob.data() + sizeof h + b * block_bytes;
+    const auto fill_halves = [](uint8_t* to, size_t bytes) {
+      for (size_t i = 0; i + 1 < bytes; i += 2) { const uint16_t v = bf16(uniform()); std::memcpy(to + i, &v, 2); }
+    };
+    fill_halves(p, groups * 32);
+    p += scale_bytes;
+    for (int c = 0; c < h.in_padded / kChunk; ++c, p += chunk) {
+      const size_t meta = is_sparse(format) ? 64 : 0;
+      for (size_t i = 0; i < meta; ++i) p[i] = static_cast<uint8_t>(valid[random_bits() % 6] | valid[random_bits() % 6] << 4);
+      if (is_quantised(format)) for (size_t i = meta; i < chunk; ++i) p[i] = static_cast<uint8_t>(random_bits());
+      else fill_halves(p + meta, chunk - meta);
+    }
+  }
+  return blob;
+}
+
+struct Quantised {
+  std::vector<int8_t> values;
+  std::vector<float> scales, floats;
+  Activations a;
+};
+
+Quantised make_input(const Kernels& k, const Weight& w, const std::vector<float>& x, int tokens, bool tiles) {
+  const int padded = tiles ? (tokens + kTileTokens - 1) / kTileTokens * kTileTokens : tokens, columns = w.in_padded;
+  const int features = w.segment ? w.in_features * w.segment : w.in_features;
+  Quantised q{std::vector<int8_t>(static_cast<size_t>(padded) * columns), std::vector<float>(static_cast<size_t>(padded) * w.groups),
+              std::vector<float>(static_cast<size_t>(padded) * columns), {}};
+  q.a = {tokens, columns, q.values.data(), tiles ? tile_columns(w) : 0, q.scales.data(), q.floats.data(), w.groups};
+  std::vector<int8_t> row(columns);
+  for (int t = 0; t < tokens; ++t) {
+    float* f = q.floats.data() + static_cast<size_t>(t) * columns;
+    k.to_float(x.data() + static_cast<size_t>(t) * features, Dtype::f32, features, w.segment, f, columns);
+    if (!is_quantised(w.format)) continue;
+    const float factor = w.format == Format::sparse24_int4 || w.format == Format::int4 ? 16 : 1;
+    k.quantise(f, columns, w.group, factor, !tiles && k.unsigned_x, row.data(), q.scales.data() + static_cast<size_t>(t) * w.groups);
+    for (int c = 0; c < columns; ++c) {
+      const size_t tile = tiles ? tile_columns(w) : 0;
+      const size_t at = tiles ? (t / kTileTokens * (columns / tile) + c / tile) * kTileTokens * tile + t % kTileTokens * tile + c % tile
+                              : static_cast<size_t>(t) * columns + c;
+      q.values[at] = row[c];
+    }
+  }
+  return q;
+}
+
+enum class Path { int8, exact, tiles };
+
+std::vector<float> run(const Kernels& k, Path path, const Weight& w, const Weight* branch, const std::vector<float>& x, int tokens) {
+  const bool tiles = path == Path::tiles;
+  Quantised input = make_input(k, w, x, tokens, tiles), sums;
+  if (branch) sums = make_input(k, *branch, x, tokens, tiles);
+  if (path == Path::exact) {
+    std::fill(input.scales.begin(), input.scales.end(), 0.0f);
+    std::fill(sums.scales.begin(), sums.scales.end(), 0.0f);
+  }
+  std::vector<float> bias(w.out_features, 0.5f), out(static_cast<size_t>(tokens) * w.out_features);
+  const Linear call{&w, input.a, branch, sums.a, bias.data(), Dtype::f32, out.data(), Dtype::f32};
+  (tiles ? k.linear_tiles : path == Path::int8 ? k.linear_int8 : k.linear_float)(call, 0, w.blocks);
+  return out;
+}
+
+void compare(const char* what, const Kernels& k, const std::vector<float>& ours, const std::vector<float>& expected) {
+  float largest = 1e-6f, difference = 0;
+  for (float v : expected) largest = std::fmax(largest, std::fabs(v));
+  for (size_t i = 0; i < ours.size(); ++i) difference = std::fmax(difference, std::fabs(ours[i] - expected[i]));
+  if (difference > 1e-5f * largest || ours.size() != expected.size()) {
+    std::printf("%s: %s differs from scalar by %g of %g\n", k.name, what, difference, largest);
+    ++failures;
+  }
+}
+
+void check_linears(const Kernels& k, const Kernels& scalar) {
+  struct Shape { int rows, columns, group; };
+  const Shape shapes[] = {{1, 32, 32}, {17, 192, 64}, {40, 256, 128}, {33, 100, 0}, {16, 192, 96}, {70, 640, 128}};
+  for (int f = 0; f <= static_cast<int>(Format::dense); ++f)
+    for (const Shape& s : shapes) {
+      const Format format = static_cast<Format>(f);
+      const bool quantised = is_quantised(format);
+      const auto blob = make_blob(format, s.rows, s.columns, quantised ? s.group : 0, 0);
+      const auto branch_blob = make_blob(Format::int8, s.rows, s.columns / 4, 0, 4);
+      Bytes shifted(blob.size());
+      std::memcpy(shifted.data, blob.data(), blob.size());
+      Weight w, branch;
+      if (parse(shifted.data, blob.size(), &w) || parse(branch_blob.data(), branch_blob.size(), &branch)) { std::puts("a good blob is refused"); ++failures; return; }
+      for (size_t cut = 1; cut < blob.size(); cut += blob.size() / 3) {
+        Weight ignored;
+        if (s.rows == 1 && !parse(blob.data(), blob.size() - cut, &ignored)) { std::puts("a cut blob is accepted"); ++failures; }
+      }
+      for (int tokens : {1, 2, 3, 7, 8, 17, 33}) {
+        std::vector<float> x(static_cast<size_t>(tokens) * s.columns);
+        for (float& v : x) v = uniform();
+        for (const Weight* b : {static_cast<const Weight*>(nullptr), static_cast<const Weight*>(&branch)}) {
+          compare("exact", k, run(k, Path::exact, w, b, x, tokens), run(scalar, Path::exact, w, b, x, tokens));
+          if (!quantised) continue;
+          const auto expected = run(scalar, Path::int8, w, b, x, tokens);
+          compare("int8", k, run(k, Path::int8, w, b, x, tokens), expected);
+          if (k.linear_tiles) compare("tiles", k, run(k, Path::tiles, w, b, x, tokens), expected);
+        }
+      }
+      std::vector<float> row(w.in_features), expected(w.in_features);
+      k.weight_row(w, s.rows - 1, row.data());
+      scalar.weight_row(w, s.rows - 1, expected.data());
+      compare("row", k, row, expected);
+    }
+}
+
+void check_steps(const Kernels& k, const Kernels& scalar) {
+  for (int n : {1, 15, 33, 64}) {
+    std::vector<float> x(2 * n), weight(n), memory(2 * n), out(n), expected(n), sum(n);
+    for (float& v : x) v = 9 * uniform();
+    for (float& v : weight) v = uniform();
+    const RowsOf rows{x.data(), Dtype::f32, n}, factors{weight.data(), Dtype::f32, n}, wide{x.data(), Dtype::f32, 2 * n};
+    k.rms_norm(rows, rows, factors, n, 1e-5f, out.data(), sum.data(), 0, memory.data());
+    scalar.rms_norm(rows, rows, factors, n, 1e-5f, expected.data(), sum.data(), 0, memory.data());
+    compare("rms_norm", k, out, expected);
+    k.silu_and_mul(wide, n, out.data(), 0, memory.data());
+    scalar.silu_and_mul(wide, n, expected.data(), 0, memory.data());
+    compare("silu_and_mul", k, out, expected);
+    if (n % 2 == 0) {
+      k.rotary(rows, 1, n, weight.data(), out.data(), 0, memory.data());
+      scalar.rotary(rows, 1, n, weight.data(), expected.data(), 0, memory.data());
+      compare("rotary", k, out, expected);
+    }
+  }
+}
+
+void check_attention(const Kernels& k, const Kernels& scalar) {
+  for (int dim : {16, 80, 128})
+    for (int queries : {1, 5, 20}) {
+      const int heads = 3, block = 16, length = 100, blocks = 7;
+      std::vector<float> query(static_cast<size_t>(queries) * heads * dim);
+      std::vector<uint16_t> cache(static_cast<size_t>(blocks) * block * dim);
+      for (float& v : query) v = uniform();
+      for (uint16_t& v : cache) v = bf16(uniform());
+      const std::vector<int32_t> table{3, 0, 6, 1, 5, 2, 4}, starts{0, queries}, lengths{length};
+      const Attention a{query.data(), cache.data(), cache.data(), table.data(), starts.data(), lengths.data(), Dtype::f32,
+                        heads, 1, dim, block, blocks, heads * dim, 0.3f};
+      const AttentionPart part{0, 0, 0, queries, 0, length};
+      const size_t rows = static_cast<size_t>(queries * heads + 3) / 4 * 4;
+      std::vector<float> memory(attention_floats(dim)), largest(rows), total(rows), ours(rows * dim), expected(rows * dim);
+      k.attend(a, part, memory.data(), ours.data(), largest.data(), total.data());
+      scalar.attend(a, part, memory.data(), expected.data(), largest.data(), total.data());
+      compare("attention", k, ours, expected);
+    }
+}
+
+}  // namespace
+
+int main() {
+  const Kernels& scalar = *find_kernels("scalar");
+  std::string names = supported_isas();
+  for (size_t begin = 0; begin < names.size();) {
+    const size_t end = names.find(',', begin) == std::string::npos ? names.size() : names.find(',', begin);
+    const Kernels& k = *find_kernels(names.substr(begin, end - begin).c_str());
+    check_linears(k, scalar);
+    check_steps(k, scalar);
+    check_attention(k, scalar);
+    std::printf("%s: %s\n", k.name, failures ? "failed" : "ok");
+    begin = end + 1;
+  }
+  return failures != 0;
+}
