@@ -43,7 +43,7 @@ struct Choice {
   const Kernels* available[8] = {};
   int count = 0;
   const Kernels* chosen = nullptr;
-  char error[192] = "";
+  char error[256] = "";
   char names[128] = "";
 
   void offer(const Kernels* k, bool usable) {
