@@ -190,9 +190,18 @@ def _add_generation_routes(app: FastAPI, state: ServerState) -> None:
             definition = kind.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(definition.pop("$defs", {}))
             schemas[kind.__name__] = definition
+        _bound_token_ids(schemas, state.engine.engine.loaded.config.vocab_size)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _bound_token_ids(part: Any, vocab_size: int) -> None:
+    """Write the model's vocabulary into the served document."""
+    if isinstance(part, dict) and part.get("format") == schema.TOKEN_ID:
+        part["maximum"] = vocab_size - 1
+    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        _bound_token_ids(inner, vocab_size)
 
 
 REQUESTS: tuple[type[BaseModel], ...] = (

@@ -25,10 +25,6 @@ class ChatCompletion:
 
     def __init__(self, state: ServerState, body: ChatCompletionRequest) -> None:
         state.check_model(body.model)
-        if body.response_format is not None and body.response_format.type != "text":
-            raise bad_request("response_format takes only {'type': 'text'} on this server", param="response_format")
-        if body.tool_choice not in (None, "auto", "none"):
-            raise bad_request("tool_choice takes only 'auto' and 'none' on this server", param="tool_choice")
         if body.top_logprobs is not None and not body.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", param="top_logprobs")
         self.state, self.body = state, body
@@ -51,8 +47,6 @@ class ChatCompletion:
         body = self.body
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
         variables: dict[str, Any] = {"add_generation_prompt": body.add_generation_prompt is not False}
-        if body.continue_final_message:
-            raise bad_request("continue_final_message is not supported", param="continue_final_message")
         text = await render(self.state, [m.for_template() for m in body.messages], tools=tools or None, **variables)
         return await self.state.encode(text, add_special_tokens=False)
 

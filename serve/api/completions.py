@@ -58,8 +58,6 @@ class Completion:
 
     def __init__(self, state: ServerState, body: CompletionRequest) -> None:
         state.check_model(body.model)
-        if body.suffix is not None:
-            raise bad_request("suffix is not supported: the model completes text only at its end", param="suffix")
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise bad_request("best_of is not supported, except equal to n", param="best_of")
         self.state, self.body = state, body

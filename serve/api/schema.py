@@ -12,8 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serve.engine.sampling_params import MAX_LOGPROBS, MAX_N, SamplingParams
 
+# The served document replaces the bound of such integers by the model's vocabulary.
+TOKEN_ID = "token-id"
+
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, json_schema_extra={"format": TOKEN_ID})]
+Text = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class Strict(BaseModel):
@@ -99,12 +104,12 @@ def _token_biases(biases: dict[str, float]) -> dict[int, float]:
 
 
 class CompletionRequest(SamplingFields):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
-    best_of: int | None = None
-    suffix: str | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    suffix: Literal[""] | None = None
     add_special_tokens: bool | None = None
 
 
@@ -156,8 +161,7 @@ class Tool(Strict):
 
 
 class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
+    type: Literal["text"]
 
 
 class ChatCompletionRequest(SamplingFields):
@@ -168,9 +172,9 @@ class ChatCompletionRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Any = None
+    tool_choice: Literal["auto", "none"] | None = None
     add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
+    continue_final_message: Literal[False] | None = None
 
 
 class TokenizeRequest(Strict):
@@ -179,6 +183,17 @@ class TokenizeRequest(Strict):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="ignore",
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
+                {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
+            ]
+        },
+    )
 
 
 class DetokenizeRequest(Strict):
