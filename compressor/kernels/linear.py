@@ -12,7 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compressor.kernels import blob
+from compressor.kernels import blob, loading
+
+# Bound once: looking an overload up costs a tenth of a call.
+_linear = None if loading.LIBRARY is None else torch.ops.halfweight.linear.default
 
 
 def linear(
@@ -31,4 +34,5 @@ def linear(
         low_rank: what `low_rank.prepare` returned: adds S @ (segment sums of x).
         exact: float activations instead of int8 ones.
     """
-    return torch.ops.halfweight.linear(x, prepared[blob.NAME], bias, low_rank, exact)
+    assert _linear is not None, "there is no kernel layout without the kernels"
+    return _linear(x, prepared[blob.NAME], bias, low_rank, exact)

@@ -6,7 +6,10 @@ It runs every kernel of every instruction set on unaligned buffers of exactly th
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +22,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(900)
 def test_the_sanitizers_find_nothing() -> None:
     folder = ROOT / "build" / "sanitized"
-    configure = ["cmake", "-S", ROOT, "-B", folder, "-DHALFWEIGHT_DRIVER=ON", "-DHALFWEIGHT_SANITIZE=ON"]
-    build = ["cmake", "--build", folder, "--target", "halfweight_driver", "--parallel", "2"]
+    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert cmake is not None
+    configure = [cmake, "-S", ROOT, "-B", folder, "-DHALFWEIGHT_DRIVER=ON", "-DHALFWEIGHT_SANITIZE=ON"]
+    build = [cmake, "--build", folder, "--target", "halfweight_driver", "--parallel", "2"]
     for command in (configure, build):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
