@@ -38,7 +38,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-FP32 = LoopSettings(learning_rate=3e-3, batch=4, precision="fp32")
+FP32 = LoopSettings(batch=4, learning_rate=3e-3, precision="fp32")
 
 
 def llama() -> nn.Module:
@@ -134,7 +134,7 @@ def test_kl_falls_and_every_step_is_recorded(tmp_path: Path) -> None:
 
 def test_masks_move_only_when_they_are_refreshed() -> None:
     flips: list[float] = []
-    loop = LoopSettings(learning_rate=3e-2, precision="fp32")
+    loop = LoopSettings(batch=4, learning_rate=3e-2, precision="fp32")
     run(llama(), loop=loop, progress=lambda step, total, metrics: flips.append(metrics.get("flip_rate", 0.0)))
     assert max(flips) > 0
     kept = llama()
@@ -146,7 +146,11 @@ def test_masks_move_only_when_they_are_refreshed() -> None:
 def test_micro_batches_do_not_change_the_result() -> None:
     whole, parts = llama(), llama()
     run(whole, budget=Budget(tokens=5 * 64))
-    run(parts, budget=Budget(tokens=5 * 64), loop=LoopSettings(learning_rate=3e-3, micro_batch=2, precision="fp32"))
+    run(
+        parts,
+        budget=Budget(tokens=5 * 64),
+        loop=LoopSettings(batch=4, learning_rate=3e-3, micro_batch=2, precision="fp32"),
+    )
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -155,7 +159,7 @@ def test_what_trains() -> None:
     blocks, everything = llama(), llama()
     before = {name: value.clone() for name, value in blocks.named_parameters()}
     run(blocks)
-    run(everything, loop=LoopSettings(learning_rate=3e-3, train="all", precision="fp32"))
+    run(everything, loop=LoopSettings(batch=4, learning_rate=3e-3, train="all", precision="fp32"))
     table = "model.embed_tokens.weight"
     norm = "model.layers.0.input_layernorm.weight"
     assert torch.equal(dict(blocks.named_parameters())[table], before[table])
@@ -185,7 +189,7 @@ def test_the_quantised_tail_trains_what_is_packed() -> None:
         scale = weight.abs().amax() / 7
         return lambda values, rows: (values / scale).round().clamp(-7, 7) * scale
 
-    run(model, loop=LoopSettings(learning_rate=3e-3, quantize_share=0.3, precision="fp32"), snap=snap)
+    run(model, loop=LoopSettings(batch=4, learning_rate=3e-3, quantize_share=0.3, precision="fp32"), snap=snap)
     assert calls == list(linears_of(model))
     for module in linears_of(model).values():
         assert len(weight_of(module).unique()) <= 15
@@ -193,7 +197,7 @@ def test_the_quantised_tail_trains_what_is_packed() -> None:
 
 def test_bf16_runs_and_keeps_float_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
-    report = run(model, loop=LoopSettings(learning_rate=3e-3, precision="bf16"), validation=text(4))
+    report = run(model, loop=LoopSettings(batch=4, learning_rate=3e-3, precision="bf16"), validation=text(4))
     assert report.precision == "bfloat16"
     assert model.model.rotary_emb.inv_freq.dtype is torch.float32
     assert report.validation_loss < report.validation_loss_before + 0.05  # type: ignore[operator]
@@ -202,7 +206,7 @@ def test_bf16_runs_and_keeps_float_buffers(monkeypatch: pytest.MonkeyPatch) -> N
 def test_cross_entropy_alone_needs_no_teacher() -> None:
     model = llama()
     linears = linears_of(model)
-    loop = LoopSettings(learning_rate=3e-3, kl_weight=0.0, precision="fp32")
+    loop = LoopSettings(batch=4, learning_rate=3e-3, kl_weight=0.0, precision="fp32")
     report = retrain(
         model, None, linears, masks_of(linears), text(), Budget(tokens=1920), loop=loop, settings=AstSettings(),
         validation=text(8),
@@ -281,7 +285,7 @@ def child(work, pause, pipe):
         os.write(pipe, (str(step) + "\\n").encode())
         time.sleep(pause)
     model = t.llama()
-    loop = t.LoopSettings(learning_rate=3e-2, precision="bf16", checkpoint_minutes=0.0)
+    loop = t.LoopSettings(batch=4, learning_rate=3e-2, precision="bf16", checkpoint_minutes=0.0)
     t.run(model, loop=loop, work_dir=work, progress=tell)
     torch.save(model.state_dict(), work / "result.pt")
     os._exit(0)
@@ -315,7 +319,7 @@ def test_a_killed_run_goes_on_and_ends_bit_identical(tmp_path: Path) -> None:
 
 
 def test_another_runs_snapshot_is_refused(tmp_path: Path) -> None:
-    saving = LoopSettings(learning_rate=3e-3, precision="fp32", checkpoint_minutes=0.0)
+    saving = LoopSettings(batch=4, learning_rate=3e-3, precision="fp32", checkpoint_minutes=0.0)
     run(llama(), loop=saving, work_dir=tmp_path)
     with pytest.raises(ValueError, match="another model, text or recipe"):
         run(llama(), loop=saving, work_dir=tmp_path, settings=AstSettings(mask_decay=1e-3))
@@ -324,7 +328,7 @@ def test_another_runs_snapshot_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_quantised_share_goes_on_with_the_same_grids(tmp_path: Path) -> None:
-    loop = LoopSettings(learning_rate=3e-2, quantize_share=0.5, precision="fp32", checkpoint_minutes=0.0)
+    loop = LoopSettings(batch=4, learning_rate=3e-2, quantize_share=0.5, precision="fp32", checkpoint_minutes=0.0)
 
     def snap(_name: str, weight: torch.Tensor) -> Any:
         scale = weight.abs().amax() / 7
@@ -343,7 +347,7 @@ def test_an_interrupted_quantised_share_goes_on_with_the_same_grids(tmp_path: Pa
 
 
 def test_a_half_written_snapshot_is_ignored(tmp_path: Path) -> None:
-    saving = LoopSettings(learning_rate=3e-3, precision="fp32", checkpoint_minutes=0.0)
+    saving = LoopSettings(batch=4, learning_rate=3e-3, precision="fp32", checkpoint_minutes=0.0)
     first = llama()
     run(first, loop=saving, work_dir=tmp_path)
     (tmp_path / "snapshots" / "step-00000099").mkdir()
