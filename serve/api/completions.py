@@ -58,8 +58,6 @@ class Completion:
 
     def __init__(self, state: ServerState, body: CompletionRequest) -> None:
         state.check_model(body.model)
-        if body.best_of is not None and body.best_of != (body.n or 1):
-            raise bad_request("best_of is not supported, except equal to n", param="best_of")
         self.state, self.body = state, body
         self.id, self.created = new_id("cmpl"), int(time.time())
         self.echo = bool(body.echo)

@@ -57,11 +57,12 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"the body holds {name}, which JSON does not know")
 
 
-def _finite(text: str) -> float:
+def _finite(text: str) -> float | int:
+    """A number with a point or an exponent; 3.0 is an integer, as in JSON Schema."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:40]} is too large")
-    return value
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def _checked(value: Any, depth: int = 0) -> Any:

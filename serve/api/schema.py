@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from serve.engine.sampling_params import MAX_LOGPROBS, MAX_N, SamplingParams
 
@@ -17,6 +17,8 @@ TOKEN_ID = "token-id"
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, json_schema_extra={"format": TOKEN_ID})]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Text = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
 
@@ -45,7 +47,7 @@ class SamplingFields(Strict):
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -72,7 +74,7 @@ class SamplingFields(Strict):
             max_tokens=max_tokens,
             stop=stop,
             stop_token_ids=frozenset(self.stop_token_ids or ()),
-            logit_bias=_token_biases(self.logit_bias or {}),
+            logit_bias={int(key): bias for key, bias in (self.logit_bias or {}).items()},
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             **chosen,
@@ -96,19 +98,12 @@ SAMPLING_NAMES = (
 )
 
 
-def _token_biases(biases: dict[str, float]) -> dict[int, float]:
-    wrong = next((key for key in biases if not (key.isascii() and key.isdigit() and len(key) < 10)), None)
-    if wrong is not None:
-        raise ValueError(f"logit_bias takes token ids as keys, but {wrong[:40]!r} is none")
-    return {int(key): value for key, value in biases.items()}
-
-
 class CompletionRequest(SamplingFields):
     prompt: Text | Annotated[list[Text], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     suffix: Literal[""] | None = None
     add_special_tokens: bool | None = None
 
@@ -174,7 +169,14 @@ class ChatCompletionRequest(SamplingFields):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     add_generation_prompt: bool | None = None
-    continue_final_message: Literal[False] | None = None
+    continue_final_message: bool | None = Field(None, json_schema_extra={"enum": [False, None]})
+
+    @field_validator("continue_final_message")
+    @classmethod
+    def _not_continued(cls, value: bool | None) -> bool | None:
+        if value:
+            raise ValueError("this server does not continue the last message")
+        return value
 
 
 class TokenizeRequest(Strict):

@@ -198,7 +198,7 @@ BAD_BODIES = [
     b'{"prompt": "a", "n": 100000}',
     b'{"prompt": "a", "logprobs": 1000}',
     b'{"prompt": "a", "top_p": 0}',
-    b'{"prompt": "a", "seed": 1e3}',
+    b'{"prompt": "a", "seed": 1.5}',
     b'{"prompt": "a", "stop": [""]}',
     b'{"prompt": "a", "stop": ["1","2","3","4","5","6","7","8","9","a","b","c","d","e","f","g","h"]}',
     b'{"prompt": "a", "logit_bias": {"x": 1}}',
@@ -253,6 +253,8 @@ def test_bad_completion_bodies_get_400(engine: LLMEngine) -> None:
         {"response_format": {"type": "wizard"}},
         {"max_completion_tokens": 0},
         {"tool_choice": "required"},
+        {"continue_final_message": True},
+        {"response_format": {"type": "json_object"}},
         {"model": 5},
     ],
 )
