@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -36,51 +38,42 @@ class EventStream(Response):
         self._state = state
         self._chunks = chunks
         self._at_end = at_end
+        self._latest = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        http = HTTPRequest(scope, receive)
+        keep_alive = asyncio.ensure_future(self._keep_alive(send))
         try:
-            await self._state.while_connected(http, self._send_all(send))
+            await self._state.while_connected(HTTPRequest(scope, receive), self._send_all(send))
         except ClientGoneError:
             return
         except Exception as error:
-            await _write(send, event(_failure(error)))
+            await self._write(send, event(_failure(error)))
         finally:
+            keep_alive.cancel()
             self._at_end()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_all(self, send: Send) -> None:
-        """All chunks; a comment when none came for a while, so that proxies keep the connection."""
-        iterator = aiter(self._chunks)
-        pending: asyncio.Future[Chunk] | None = None
-        try:
-            while True:
-                pending = pending or asyncio.ensure_future(anext(iterator))
-                done, _ = await asyncio.wait({pending}, timeout=KEEP_ALIVE_SECONDS)
-                if not done:
-                    await _write(send, b": keep-alive\n\n")
-                    continue
-                try:
-                    chunk = pending.result()
-                except StopAsyncIteration:
-                    break
-                pending = None
-                await _write(send, event(chunk))
-            await _write(send, DONE)
-        finally:
-            if pending is not None and not pending.done():
-                pending.cancel()
-                await asyncio.gather(pending, return_exceptions=True)
-            await self._chunks.aclose()
+        async with contextlib.aclosing(self._chunks) as chunks:
+            async for chunk in chunks:
+                await self._write(send, event(chunk))
+        await self._write(send, DONE)
+
+    async def _keep_alive(self, send: Send) -> None:
+        """A comment whenever nothing was sent for a while, so that proxies keep the connection."""
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_SECONDS)
+            if time.monotonic() - self._latest >= KEEP_ALIVE_SECONDS:
+                await self._write(send, b": keep-alive\n\n")
+
+    async def _write(self, send: Send, body: bytes) -> None:
+        self._latest = time.monotonic()
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def event(chunk: Chunk) -> bytes:
     return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _write(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def _failure(error: Exception) -> Chunk:

@@ -188,6 +188,8 @@ class AsyncEngine:
 
     def _hand_out(self, ready: list[tuple[Request, tuple[int, StepOutput] | Exception]]) -> None:
         for request, item in ready:
+            if request.closed:
+                continue
             request.outputs.put_nowait(item)
             if self.on_output is not None and not isinstance(item, Exception):
                 self.on_output(request, item[1])

@@ -43,8 +43,11 @@ class ModelRunner:
     @torch.inference_mode()
     def sample_logits(self, hidden_TC: Tensor, step: list[Scheduled]) -> Tensor:
         """Logits [S', V] of the last token of every sequence that samples in this step."""
-        ends = np.cumsum([item.count for item in step]) - 1
-        rows = [int(end) for end, item in zip(ends, step, strict=True) if item.samples]
+        rows, end = [], -1
+        for item in step:
+            end += item.count
+            if item.samples:
+                rows.append(end)
         if len(rows) < hidden_TC.shape[0]:
             hidden_TC = hidden_TC[rows]
         return self.model.logits(hidden_TC)
