@@ -21,7 +21,6 @@ def test_import_directions_hold() -> None:
     "command",
     [
         ["compressor", "--help"],
-        ["compressor", "inspect", "--help"],
         ["serve", "--help"],
         ["benchmarks", "--help"],
         ["benchmarks", "compare", "--help"],
