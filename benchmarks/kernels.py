@@ -40,23 +40,23 @@ CHUNK_BYTES = {"sparse24_int4": 192, "sparse24_int8": 320, "sparse24": 576, "int
 POSITIONS = torch.tensor([i | j << 2 for i in range(4) for j in range(i + 1, 4)], dtype=torch.uint8)
 TORCH, LLAMA = "torch bf16", "llama.cpp Q4_0"
 
+# Runs in the peer's Python: loads the model, then answers every line (a number of tokens) with the seconds of a step.
 PEER = """
 import sys, time
-import llama_cpp as ll
-ll.llama_backend_init()
-model = ll.llama_model_load_from_file(sys.argv[1].encode(), ll.llama_model_default_params())
-wanted = ll.llama_context_default_params()
+import llama_cpp as lib
+lib.llama_backend_init()
+model = lib.llama_model_load_from_file(sys.argv[1].encode(), lib.llama_model_default_params())
+wanted = lib.llama_context_default_params()
 wanted.n_ctx, wanted.n_batch, wanted.n_ubatch = 1024, 512, 512
 wanted.n_threads = wanted.n_threads_batch = int(sys.argv[2])
-context = ll.llama_init_from_model(model, wanted)
+context = lib.llama_init_from_model(model, wanted)
 print("ready", flush=True)
 for line in sys.stdin:
-    count = int(line)
-    ll.llama_memory_clear(ll.llama_get_memory(context), True)
-    batch = ll.llama_batch_get_one((ll.llama_token * count)(*([7] * count)), count)
+    ids = (lib.llama_token * int(line))(*[7] * int(line))
+    lib.llama_memory_clear(lib.llama_get_memory(context), True)
     start = time.perf_counter()
-    assert ll.llama_decode(context, batch) == 0
-    ll.llama_synchronize(context)
+    assert lib.llama_decode(context, lib.llama_batch_get_one(ids, int(line))) == 0
+    lib.llama_synchronize(context)
     print(time.perf_counter() - start, flush=True)
 """
 
@@ -326,7 +326,9 @@ def headline(rows: Sequence[Mapping[str, Any]], overhead: float) -> dict[str, fl
 def llama_arm(python: str | None, folder: Path, layers: int) -> Peer | None:
     """The peer, or None with a line that says why."""
     python = python or sys.executable
-    probe = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True)
+    probe = subprocess.run(
+        [python, "-c", "import importlib.util as u; assert u.find_spec('llama_cpp')"], capture_output=True
+    )
     if probe.returncode:
         print(f"{LLAMA}: skipped, {python} has no llama_cpp; pip install llama-cpp-python, or give --llama-python")
         return None
@@ -368,7 +370,11 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
 def main(argv: list[str]) -> int:
     """`python -m benchmarks kernels`."""
     own = parser("kernels", "Each kernel's speed against torch's bf16 linear, with the machine's limits beside it.")
-    own.add_argument("--llama-python", metavar="PYTHON", help="a Python that has llama-cpp-python (default: this one)")
+    own.add_argument(
+        "--llama-python",
+        metavar="PYTHON",
+        help="a Python that has llama-cpp-python (default: this one)",
+    )
     arguments = own.parse_args(argv)
     if not kernels.available():
         raise ValueError("the compiled kernels are not installed; install the package with a C++ compiler present")
