@@ -36,7 +36,7 @@ from compressor.quantizers import NEED_HESSIAN, QUANTIZERS, rtn, snap
 from compressor.recipe import Recipe, parse_budget
 from compressor.retraining import text_loss
 from compressor.scheme import QuantizationConfig, Scheme
-from compressor.solvers import SOLVERS, prune_blocks
+from compressor.solvers import SOLVERS, by_input, prune_blocks
 
 log = logging.getLogger(__name__)
 
@@ -215,13 +215,16 @@ def calibrate_quantizer(
     batches = list(text.blocks[: recipe.quantization.samples].split(8))
     done = 0
     for stats in calibrate_blocks(sparse.model, batches, linears, hessian=True):
-        for name, layer in stats.items():
-            weight = weight_of(linears[name]).detach()
-            rounded = QUANTIZERS[recipe.quantization.quantizer](weight, layer, plan.schemes[name])
-            weight.copy_(rounded.dequantized())
+        for layer, names in by_input(stats):
+            weights = [weight_of(linears[name]).detach() for name in names]
+            heights = [weight.shape[0] for weight in weights]
+            rounded = QUANTIZERS[recipe.quantization.quantizer](torch.cat(weights), layer, plan.schemes[names[0]])
+            parts = zip(names, weights, rounded.dequantized().split(heights), strict=True)
+            for name, weight, values in parts:
+                weight.copy_(values)
             if rounded.scale is not None:
-                sparse.scales[name] = rounded.scale
-            done += 1
+                sparse.scales |= dict(zip(names, rounded.scale.split(heights), strict=True))
+            done += len(names)
         report("quantise", done, len(linears), {})
 
 

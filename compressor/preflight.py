@@ -147,7 +147,7 @@ def _estimate(folder: Path, model: nn.Module, schemes: dict[str, Scheme], recipe
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     # Trained: fp32 weight, gradient, two moments, a bf16 teacher; logits come in chunks. Else: fp32 weights.
     memory = parameters * (4 * 4 + 2 + 2 if trained else 6) + 2048 * vocabulary * 4 * (3 if trained else 0) + 5e8
-    disk = packed * 1.1 + (parameters * 12 * 2 if trained else 0)
+    disk = packed * 1.1 + (parameters * 13 * 3 if trained else 0)
     notes = []
     model_type = str(model.config.model_type)  # type: ignore[union-attr]
     if model_type not in SERVED:

@@ -34,7 +34,7 @@ def prune_blocks(
     masks: dict[str, Tensor] = {}
     kept: dict[str, LayerStats] = {}
     for stats in calibrate_blocks(model, token_batches, linears, hessian=True):
-        for layer, names in _by_input(stats):
+        for layer, names in by_input(stats):
             weights = [weight_of(linears[name]).detach() for name in names]
             heights = [weight.shape[0] for weight in weights]
             solved, mask = solve(torch.cat(weights), layer)
@@ -48,7 +48,7 @@ def prune_blocks(
     return masks, kept
 
 
-def _by_input(stats: Mapping[str, LayerStats]) -> list[tuple[LayerStats, list[str]]]:
+def by_input(stats: Mapping[str, LayerStats]) -> list[tuple[LayerStats, list[str]]]:
     """Linears that read the same input are solved together: rows are independent, the factorisation is shared."""
     groups: dict[int, tuple[LayerStats, list[str]]] = {}
     for name, layer in stats.items():
