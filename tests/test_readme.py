@@ -115,8 +115,8 @@ def test_the_example_criterion_works() -> None:
 
 
 def test_the_table_is_the_committed_measurement() -> None:
-    found = re.search(r"<!-- table: .*? -->\n(.*?)\n<!-- /table -->", README, flags=re.DOTALL)
+    """Figures without a record are as wrong as figures that differ from it."""
+    found = re.search(r"<!-- table: .*? -->\n(.*?)<!-- /table -->", README, flags=re.DOTALL)
     assert found is not None
-    assert (
-        found[1].strip() == markdown(read_record(ROOT / "benchmarks" / "results" / "compare.json", "compare")).strip()
-    )
+    record = ROOT / "benchmarks" / "results" / "compare.json"
+    assert found[1].strip() == (markdown(read_record(record, "compare")).strip() if record.exists() else "")
