@@ -81,7 +81,9 @@ def compress(name: str, recipe: Recipe, out: str | Path, *, force: bool = False,
     """
     with OutputFolder(out, force=force) as output:
         torch.manual_seed(recipe.seed)
+        report("fetch", 0, 1, {})
         folder = fetch_model(name)
+        report("fetch", 1, 1, {})
         result = Result(output.path, check(folder, recipe, output.path))
         text = read_text(folder, recipe, result)
         sparse = sparsify(load_model(folder), recipe, result.plan, text, report)
@@ -166,7 +168,9 @@ def retrain(
     tokens, validation = text.split(settings.validation_blocks)
     linears = {name: sparse.model.get_submodule(name) for name in sparse.masks}
     teacher = load_model(folder)
+    report("evaluate", 0, 1, {})
     dense_loss = text_loss(teacher, validation)
+    report("evaluate", 1, 1, {"dense loss": dense_loss})
     outcome = retraining.retrain(
         sparse.model,
         teacher,
