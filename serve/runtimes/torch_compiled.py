@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -42,6 +43,8 @@ def serve(options: ServeOptions) -> int:
 
 
 def load_engine(options: ServeOptions) -> LLMEngine:
+    # Plain weights go through oneDNN, which keeps a primitive for every batch size it ever saw, 1024 by default.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     from serve.engine.config import EngineConfig
     from serve.engine.llm_engine import LLMEngine
 
