@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks.record import make_record, parser, read_record, write_record
 
 MODEL = "pypi:smollm2-135m-instruct"
-BUDGET, QUICK_BUDGET = "5m", "15s"
+BUDGET, QUICK_BUDGET = "4m", "15s"
 QUESTION = "What is the capital of France, and what is it known for?"
 ANSWER_TOKENS = 80
 START_SECONDS = 120
