@@ -66,6 +66,7 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.shards = shards
+        self._handles: dict[Path, Any] = {}
         record = config.get("quantization_config")
         self.packed = isinstance(record, Mapping) and record.get("quant_method") == QUANT_METHOD
         if record is not None and not self.packed:
@@ -107,14 +108,25 @@ class Checkpoint:
         """One stored tensor; raises CheckpointError when it is not there."""
         if name not in self.shards:
             raise CheckpointError(f"{self.folder} has no tensor {name!r}: the checkpoint is incomplete")
-        with safe_open(self.shards[name], "pt") as file:
-            return file.get_tensor(name)
+        # A copy of its own: a view would keep the whole file mapped, and counted, as long as it lives.
+        return self._handle(self.shards[name]).get_tensor(name).clone()
+
+    def _handle(self, shard: Path) -> Any:
+        """The shard, opened once: its header names every tensor and takes a while to parse."""
+        if shard not in self._handles:
+            self._handles[shard] = safe_open(shard, "pt").__enter__()
+        return self._handles[shard]
+
+    def close(self) -> None:
+        """Closes the shards; reading goes on to work and opens them again."""
+        for handle in self._handles.values():
+            handle.__exit__(None, None, None)
+        self._handles.clear()
 
     def size_of(self, name: str) -> int:
         """Bytes of a stored tensor."""
-        with safe_open(self.shards[name], "pt") as file:
-            part = file.get_slice(name)
-            return torch.Size(part.get_shape()).numel() * _DTYPE_BYTES[part.get_dtype()]
+        part = self._handle(self.shards[name]).get_slice(name)
+        return torch.Size(part.get_shape()).numel() * _DTYPE_BYTES[part.get_dtype()]
 
     def module(self, name: str) -> dict[str, Tensor]:
         """The stored tensors of one linear or embedding, checked against its format: {name in the format: tensor}.
@@ -123,18 +135,18 @@ class Checkpoint:
         """
         prefix = f"{name}."
         scheme = self.scheme_of(name)
+        extra = self._optional(prefix, (*LOW_RANK_NAMES, "bias"))
         if scheme is None:
-            wanted = ["weight"]
-        else:
-            fmt = make_format(scheme)
-            stored = {n: self.tensor(prefix + n) for n in _format_names(scheme) if prefix + n in self.shards}
-            try:
-                fmt.validate(stored)
-                _validate_low_rank(scheme, fmt.shape_of(stored), self._optional(prefix, LOW_RANK_NAMES))
-            except ValueError as error:
-                raise CheckpointError(f"{self.folder}, {name}: {error}") from None
-            wanted = list(stored)
-        return {n: self.tensor(prefix + n) for n in wanted} | self._optional(prefix, (*LOW_RANK_NAMES, "bias"))
+            return {"weight": self.tensor(f"{prefix}weight")} | extra
+        fmt = make_format(scheme)
+        stored = self._optional(prefix, _format_names(scheme))
+        try:
+            fmt.validate(stored)
+            branch = {key: tensor for key, tensor in extra.items() if key != "bias"}
+            _validate_low_rank(scheme, fmt.shape_of(stored), branch)
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}, {name}: {error}") from None
+        return stored | extra
 
     def linear(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The tensors of several linears that read the same input, as one: rows concatenated (q/k/v, gate/up).

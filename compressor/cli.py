@@ -130,12 +130,12 @@ def _summary(result: Any) -> None:
 
 
 def _inspect(arguments: Sequence[str]) -> int:
+    options = _folder_parser("inspect", "Print what each layer became.").parse_args(arguments)
     from rich.console import Console
     from rich.table import Table
 
     from compressor.inspection import inspect
 
-    options = _folder_parser("inspect", "Print what each layer became.").parse_args(arguments)
     report = inspect(options.folder)
     table = Table("layers", "format", "group", "shape", "bits/weight", "MB", title=f"{options.folder}")
     for row in report.rows:
@@ -154,9 +154,9 @@ def _inspect(arguments: Sequence[str]) -> int:
 
 
 def _verify(arguments: Sequence[str]) -> int:
+    options = _folder_parser("verify", "Check a checkpoint: hashes, 2:4, shapes, finiteness.").parse_args(arguments)
     from compressor.inspection import verify
 
-    options = _folder_parser("verify", "Check a checkpoint: hashes, 2:4, shapes, finiteness.").parse_args(arguments)
     report = verify(options.folder)
     print(
         f"{options.folder}: {report.files} files match their SHA-256; {report.packed} packed layers valid, "
@@ -167,9 +167,9 @@ def _verify(arguments: Sequence[str]) -> int:
 
 
 def _fetch(arguments: Sequence[str]) -> int:
+    options = _folder_parser("fetch", "Download or convert a model and print its folder.").parse_args(arguments)
     from compressor.models import fetch_model
 
-    options = _folder_parser("fetch", "Download or convert a model and print its folder.").parse_args(arguments)
     print(fetch_model(str(options.folder)))
     return 0
 

@@ -223,8 +223,8 @@ def calibrate_quantizer(
             weights = [weight_of(linears[name]).detach() for name in names]
             heights = [weight.shape[0] for weight in weights]
             rounded = QUANTIZERS[recipe.quantization.quantizer](torch.cat(weights), layer, plan.schemes[names[0]])
-            parts = zip(names, weights, rounded.dequantized().split(heights), strict=True)
-            for name, weight, values in parts:
+            parts = zip(weights, rounded.dequantized().split(heights), strict=True)
+            for weight, values in parts:
                 weight.copy_(values)
             if rounded.scale is not None:
                 sparse.scales |= dict(zip(names, rounded.scale.split(heights), strict=True))

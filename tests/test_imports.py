@@ -21,6 +21,7 @@ def test_import_directions_hold() -> None:
     "command",
     [
         ["compressor", "--help"],
+        ["compressor", "inspect", "--help"],
         ["serve", "--help"],
         ["benchmarks", "--help"],
         ["benchmarks", "compare", "--help"],

@@ -49,6 +49,7 @@ def load_model(folder: Path, dtype: str = "bfloat16") -> LoadedModel:
     config = parse_config(checkpoint.config)
     loader = _Loader(checkpoint, config, getattr(torch, dtype))
     decoder = loader.decoder().eval()
+    checkpoint.close()
     generation = read_json(folder / "generation_config.json")
     return LoadedModel(
         config=config,
