@@ -91,9 +91,9 @@ def test_curve_is_thinned_to_means(tmp_path: Path) -> None:
     assert read_curve(tmp_path / "none.jsonl") == []
 
 
-def test_a_compressed_model_is_no_baseline(tiny_compressed: Path) -> None:
+def test_a_compressed_model_is_no_baseline(tiny_compressed: Path, tiny_llama: Path) -> None:
     with pytest.raises(ValueError, match="the first folder is the dense model"):
-        main([str(tiny_compressed), str(tiny_compressed)])
+        main([str(tiny_compressed), str(tiny_llama)])
 
 
 def test_compare_measures_writes_and_prints(
