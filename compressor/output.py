@@ -28,15 +28,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that after a crash either the old or the new content is there."""
-    stage = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    stage.write_bytes(data)
-    sync(stage)
-    stage.replace(path)
-    sync(path.parent)
-
-
 def _exchange(first: Path, second: Path) -> bool:
     """Swaps two paths atomically; False where the system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

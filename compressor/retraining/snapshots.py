@@ -18,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compressor.output import sync
+
 log = logging.getLogger(__name__)
 
 _MANIFEST, _TENSORS, _WEIGHTS = "manifest.json", "state.safetensors", "quantized-from.safetensors"
@@ -42,10 +44,10 @@ class Snapshots:
         manifest = {"identity": self.identity, "step": step, **record}
         (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         for name in (_TENSORS, _MANIFEST):
-            _flush(scratch / name)
+            sync(scratch / name)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(scratch, final)
-        _flush(self.folder)
+        sync(self.folder)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -79,7 +81,7 @@ class Snapshots:
         self.folder.mkdir(parents=True, exist_ok=True)
         scratch = self.folder / f".{_WEIGHTS}.part"
         save_file(dict(weights), scratch)
-        _flush(scratch)
+        sync(scratch)
         os.replace(scratch, self.folder / _WEIGHTS)
 
     def load_weights(self) -> dict[str, Tensor]:
@@ -90,11 +92,3 @@ class Snapshots:
     def clear(self) -> None:
         """Remove the run's snapshots, once its result is safe elsewhere."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor.output import OutputFolder, write_atomically
+from compressor.output import OutputFolder
 
 
 def names(folder: Path) -> set[str]:
@@ -73,10 +73,3 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(FileExistsError, match="is a file"), OutputFolder(tmp_path / "out", force=True):
         pass
-
-
-def test_write_atomically_replaces(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "a", b"1")
-    write_atomically(tmp_path / "a", b"2")
-    assert (tmp_path / "a").read_bytes() == b"2"
-    assert names(tmp_path) == {"a"}
