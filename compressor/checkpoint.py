@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.formats import make_format
@@ -29,6 +29,12 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_JSON_BYTES = 64 * 2**20
 MAX_SHARD_BYTES = 2 * 2**30
+_COPY_BYTES = 2**22
+_OWN_FILES = ("config.json", MANIFEST, "recipe.yaml", "halfweight.json", "quantize_config.json")
+_DTYPE_NAMES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -63,21 +69,23 @@ def write_manifest(folder: Path) -> None:
 class Checkpoint:
     """An opened model folder: its configuration, the scheme of each module, and its tensors, read on demand."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], shards: dict[str, Path]) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], shards: dict[str, Path], *, foreign: bool = False) -> None:
         self.folder = folder
         self.config = config
         self.shards = shards
         self._handles: dict[Path, Any] = {}
         record = config.get("quantization_config")
         self.packed = isinstance(record, Mapping) and record.get("quant_method") == QUANT_METHOD
-        if record is not None and not self.packed:
+        if record is not None and not self.packed and not foreign:
             method = record.get("quant_method") if isinstance(record, Mapping) else record
             raise CheckpointError(f"{folder} is quantised by {method!r}; halfweight reads its own and dense folders")
         self.quantization = QuantizationConfig.from_dict(record) if self.packed else QuantizationConfig({})
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: bool = True) -> Checkpoint:
+    def open(cls, folder: str | Path, *, verify: bool = True, foreign: bool = False) -> Checkpoint:
         """Opens a folder; with `verify`, compares every file with the manifest first.
+
+        With `foreign`, a folder that another method quantised opens too, as the plain tensors that it holds.
 
         Raises:
             CheckpointError: a file is missing, truncated or altered, or the configuration is not understood.
@@ -89,7 +97,7 @@ class Checkpoint:
         if not isinstance(config, dict):
             raise CheckpointError(f"{folder / 'config.json'} must hold an object")
         try:
-            checkpoint = cls(folder, config, {})
+            checkpoint = cls(folder, config, {}, foreign=foreign)
         except ValueError as error:
             raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
         if verify and checkpoint.packed:
@@ -233,20 +241,23 @@ def _find_tensors(folder: Path, *, inside_only: bool) -> dict[str, Path]:
     return found
 
 
-class CheckpointWriter:
-    """Streams tensors into the shards of a staged output folder; at most one shard is held in memory.
+class ShardWriter:
+    """Streams tensors into safetensors shards of a folder; one tensor at a time is held in memory.
+
+    A shard's header comes first and names every offset, so a tensor waits in a side file until its shard is full. The
+    data are ordered as safetensors itself orders them: by element size, largest first, so that all are aligned.
 
     Args:
-        output: the entered output folder.
-        max_shard_bytes: a shard is written when it would grow beyond this.
+        folder: where the shards go.
+        max_shard_bytes: a shard is closed before it would grow beyond this.
     """
 
-    def __init__(self, output: OutputFolder, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        self.folder = output.open_stage()
+    def __init__(self, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.folder = folder
         self.total_bytes = 0
-        self._output = output
         self._max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
+        self._waiting = folder / "shard.waiting"
+        self._pending: dict[str, _Waiting] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
 
@@ -255,19 +266,37 @@ class CheckpointWriter:
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self._max_shard_bytes:
             self._write_shard()
-        self._pending[name] = tensor.detach().cpu().contiguous()
+        plain = tensor.detach().cpu().contiguous()
+        with self._waiting.open("ab") as file:
+            file.write(plain.reshape(-1).view(torch.uint8).numpy().data)
+        self._pending[name] = _Waiting(
+            _DTYPE_NAMES[plain.dtype], tuple(plain.shape), plain.element_size(), self._pending_bytes, size
+        )
         self._pending_bytes += size
         self.total_bytes += size
 
     def _write_shard(self) -> None:
+        ordered = sorted(self._pending.items(), key=lambda item: (-item[1].element_size, item[0]))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, part in ordered:
+            header[name] = {"dtype": part.dtype, "shape": part.shape, "data_offsets": [end, end + part.size]}
+            end += part.size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
         path = self.folder / f"shard-{len(self._shards)}"
-        save_file(self._pending, path, metadata={"format": "pt"})
-        path.chmod(0o666 & ~_umask())
+        with path.open("wb") as target:
+            target.write(len(text).to_bytes(8, "little") + text)
+            if ordered:
+                with self._waiting.open("rb") as source:
+                    for _, part in ordered:
+                        _copy(source, target, part.start, part.size)
+        self._waiting.unlink(missing_ok=True)
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
-    def finish(self, config: Mapping[str, Any]) -> None:
-        """Writes the last shard, index, configuration and manifest, and puts the folder in place."""
+    def close(self) -> None:
+        """Writes the last shard and gives all of them their names."""
         self._write_shard()
         count = len(self._shards)
         weight_map: dict[str, str] = {}
@@ -278,12 +307,50 @@ class CheckpointWriter:
         if count > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A tensor in the side file: what the header will say, and where its bytes are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    element_size: int
+    start: int
+    size: int
+
+
+def _copy(source: IO[bytes], target: IO[bytes], start: int, size: int) -> None:
+    source.seek(start)
+    while size:
+        block = source.read(min(size, _COPY_BYTES))
+        target.write(block)
+        size -= len(block)
+
+
+class CheckpointWriter(ShardWriter):
+    """Streams a checkpoint into a staged output folder.
+
+    Args:
+        output: the entered output folder.
+        max_shard_bytes: a shard is closed before it would grow beyond this.
+    """
+
+    def __init__(self, output: OutputFolder, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        super().__init__(output.open_stage(), max_shard_bytes=max_shard_bytes)
+        self._output = output
+
+    def finish(self, config: Mapping[str, Any]) -> None:
+        """Writes the last shard, index, configuration and manifest, and puts the folder in place."""
+        self.close()
         (self.folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
         write_manifest(self.folder)
         self._output.commit()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies tokenizer, chat template and generation settings; weights, indices and records stay behind."""
+    for file in sorted(source.iterdir()):
+        own = file.name in _OWN_FILES or file.name.endswith(".index.json")
+        if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt") and not own:
+            shutil.copyfile(file, target / file.name)

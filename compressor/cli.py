@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 _EPILOG = """sub-commands:
   compress inspect OUT      what each layer became, and bits per weight
   compress verify OUT       checks hashes, 2:4 positions, shapes and finiteness
+  compress export OUT --to TARGET --out DIR   writes it for another runtime: dense, compressed-tensors, gptq, onnx, gguf
+  compress import DIR --out OUT               makes the checkpoint again out of an export
   compress fetch MODEL      downloads or converts a model and prints its folder
   compress recipes          lists the recipes that come with halfweight
   compress doctor           which kernel each format would use on this machine
@@ -166,8 +168,40 @@ def _verify(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _export(arguments: Sequence[str]) -> int:
+    result = _folder_parser("export", "Write a checkpoint, or a dense model folder, for another runtime.")
+    result.add_argument("--to", required=True, metavar="TARGET", help="dense, compressed-tensors, gptq, onnx or gguf")
+    result.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
+    result.add_argument("--allow-lossy", action="store_true", help="go on where the target cannot hold everything")
+    result.add_argument("--force", action="store_true", help="replace DIR if it exists")
+    options = result.parse_args(arguments)
+    from compressor.exports import export_checkpoint
+
+    for loss in export_checkpoint(
+        options.folder, options.to, options.out, allow_lossy=options.allow_lossy, force=options.force
+    ):
+        print(f"lost: {loss}")
+    size = sum(file.stat().st_size for file in options.out.iterdir())
+    print(f"{options.out}: {size / 1e6:.1f} MB for {options.to}")
+    return 0
+
+
+def _import(arguments: Sequence[str]) -> int:
+    result = _folder_parser("import", "Make the checkpoint again that a folder was exported from.", metavar="DIR")
+    result.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to make")
+    result.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    options = result.parse_args(arguments)
+    from compressor.exports import import_checkpoint
+
+    missed = import_checkpoint(options.folder, options.out, force=options.force)
+    print(f"{options.out}: imported" + (f"; {len(missed)} layers are dense now: {missed[0]}, ..." if missed else ""))
+    return 0
+
+
 def _fetch(arguments: Sequence[str]) -> int:
-    options = _folder_parser("fetch", "Download or convert a model and print its folder.").parse_args(arguments)
+    options = _folder_parser("fetch", "Download or convert a model and print its folder.", "MODEL").parse_args(
+        arguments
+    )
     from compressor.models import fetch_model
 
     print(fetch_model(str(options.folder)))
@@ -192,11 +226,9 @@ def _doctor(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _folder_parser(command: str, description: str) -> argparse.ArgumentParser:
+def _folder_parser(command: str, description: str, metavar: str = "OUT") -> argparse.ArgumentParser:
     result = _Parser(prog=f"compress {command}", description=description)
-    result.add_argument(
-        "folder", type=Path if command != "fetch" else str, metavar="OUT" if command != "fetch" else "MODEL"
-    )
+    result.add_argument("folder", type=str if command == "fetch" else Path, metavar=metavar)
     result.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return result
 
@@ -204,6 +236,8 @@ def _folder_parser(command: str, description: str) -> argparse.ArgumentParser:
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "inspect": _inspect,
     "verify": _verify,
+    "export": _export,
+    "import": _import,
     "fetch": _fetch,
     "recipes": _recipes,
     "doctor": _doctor,

@@ -72,8 +72,7 @@ def _row(key: tuple[object, ...], members: list[tuple[str, int, int]]) -> Row:
     if not isinstance(scheme, Scheme):
         return Row(name, "plain", "", shape, 8 * size / weights, size)
     branch = "" if scheme.low_rank is None else f" + low rank {scheme.low_rank.dtype}"
-    grid = FORMATS[scheme.format].grid
-    group = "" if grid is None else "row" if scheme.group_size == -1 else str(scheme.group_size)
+    group = "" if not FORMATS[scheme.format].scaled else "row" if scheme.group_size == -1 else str(scheme.group_size)
     return Row(name, scheme.format + branch, group, shape, 8 * size / weights, size)
 
 
@@ -117,7 +116,7 @@ def verify(folder: Path) -> Verification:
             sparse, groups = sparse + 1, groups + values.numel() // 4
     for name in checkpoint.names():
         tensor = checkpoint.tensor(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise CheckpointError(f"{folder}, {name} holds NaN or infinity. Compress the model again.")
     files = len(read_json(folder / MANIFEST)["files"])
     return Verification(files, len(schemes), sparse, groups, len(checkpoint.names()))
@@ -132,6 +131,7 @@ def doctor() -> dict[str, str]:
         "CUDA": cuda,
         "kernels": kernels.describe(),
     }
-    for name in FORMATS:
-        found[name] = f"C++ kernel, {kernels.isa()}" if kernels.available() else "portable torch path (slow)"
+    for name, fmt in FORMATS.items():
+        served = kernels.available() and fmt.has_kernel()
+        found[name] = f"C++ kernel, {kernels.isa()}" if served else "portable torch path (slow)"
     return found

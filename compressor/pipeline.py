@@ -20,8 +20,9 @@ import yaml
 from torch import Tensor, nn
 
 from compressor import retraining
+from compressor.awq import apply_awq
 from compressor.calibration import LayerStats, calibrate, calibrate_blocks, weight_of
-from compressor.checkpoint import CheckpointWriter
+from compressor.checkpoint import CheckpointWriter, copy_companions
 from compressor.criteria import CRITERIA
 from compressor.data import TextBlocks, load_text
 from compressor.formats import QuantizedWeight, make_format
@@ -88,6 +89,7 @@ def compress(name: str, recipe: Recipe, out: str | Path, *, force: bool = False,
         text = read_text(folder, recipe, result)
         sparse = sparsify(load_model(folder), recipe, result.plan, text, report)
         retrain(sparse, folder, recipe, text, result, report)
+        transform(sparse, recipe, result.plan, text, report)
         calibrate_quantizer(sparse, recipe, result.plan, text, report)
         save(sparse, name, recipe, output, result, report)
     shutil.rmtree(work_folder(output.path), ignore_errors=True)
@@ -208,6 +210,18 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, Any]:
     return {short: metrics[name] for name, short in names.items() if name in metrics}
 
 
+def transform(sparse: SparseModel, recipe: Recipe, plan: Plan, text: TextBlocks | None, report: Report) -> None:
+    """Scales inputs where the recipe wants it; the grids that retraining saw do not fit the new weights any more."""
+    if recipe.quantization.transform is None or text is None:
+        return
+    linears = {name: module for name, module in block_linears(sparse.model).items() if name in plan.schemes}
+    batches = list(text.blocks[: recipe.quantization.samples].split(8))
+    sparse.stats = apply_awq(
+        sparse.model, batches, linears, plan.schemes, lambda done, total: report("scale", done, total, {})
+    )
+    sparse.scales.clear()
+
+
 @torch.no_grad()
 def calibrate_quantizer(
     sparse: SparseModel, recipe: Recipe, plan: Plan, text: TextBlocks | None, report: Report
@@ -238,18 +252,16 @@ def snap_to_grid(
     """Fixes a layer's scales as of now; returns what the forward is to see of rows of its weight from then on."""
     fmt = make_format(scheme)
     scale = rtn(weight, sparse.stats.get(name), scheme).scale
-    grid = fmt.grid
-    if scale is None or grid is None:
+    if scale is None:
         return lambda values, _rows: values
     sparse.scales[name] = scale
-    return lambda values, rows: snap(values, scale[rows], grid).dequantized()
+    return lambda values, rows: snap(values, scale[rows], fmt).dequantized()
 
 
 def quantize(sparse: SparseModel, name: str, weight: Tensor, scheme: Scheme, recipe: Recipe) -> QuantizedWeight:
     """A weight on its grid: on the one that it was trained on, if it was."""
-    grid = make_format(scheme).grid
-    if grid is not None and name in sparse.scales:
-        return snap(weight.float(), sparse.scales[name], grid)
+    if name in sparse.scales:
+        return snap(weight.float(), sparse.scales[name], make_format(scheme))
     return rtn(weight, sparse.stats.get(name), scheme)
 
 
@@ -297,11 +309,3 @@ def config_of(model: Any, plan: Plan) -> dict[str, Any]:
     config["dtype"] = "bfloat16"
     config["quantization_config"] = QuantizationConfig.from_schemes(plan.schemes).to_dict()
     return config
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, chat template and generation settings; weights, indices and records stay behind."""
-    for file in sorted(source.iterdir()):
-        own = file.name in ("config.json", "manifest.json", "recipe.yaml") or file.name.endswith(".index.json")
-        if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt") and not own:
-            shutil.copyfile(file, target / file.name)

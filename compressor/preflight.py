@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import nn
 
+from compressor.awq import check_awq
 from compressor.checkpoint import Checkpoint
 from compressor.compressed_linear import linear_shape
 from compressor.data import ACCEPTED, NAMED
@@ -81,6 +82,8 @@ def check(folder: Path, recipe: Recipe, out: Path) -> Plan:
     linears = {name: module for name, module in block_linears(model).items() if not recipe.ignores(name)}
     if not linears:
         raise ValueError("the recipe's 'ignore' leaves no layer to compress")
+    if recipe.quantization.transform is not None:
+        check_awq(str(model.config.model_type))
     schemes = linear_schemes(linears, recipe) | embedding_schemes(model, recipe)
     plan = _estimate(folder, model, schemes, recipe)
     _check_machine(plan, out)

@@ -106,11 +106,14 @@ class Retraining(_Section):
 class Quantization(_Section):
     """How the weights are stored."""
 
-    values: Literal["int4", "int8", "bfloat16", "float16"] = "int4"
+    values: Literal["int4", "int8", "fp8", "bfloat16", "float16"] = "int4"
     group_size: int | Literal["auto", "row"] = "auto"
     """Inputs that share one scale. `auto`: the largest of 128, 64, 32 that divides every layer's in_features."""
     quantizer: str = "rtn"
-    """`rtn` rounds to nearest; `gptq` makes up for rounding errors with calibration text and keeps the mask."""
+    """`rtn` rounds to nearest; `gptq` makes up for rounding errors with calibration text and keeps the mask;
+    `gptq-act-order` does so from the most active input to the least."""
+    transform: Literal["awq"] | None = None
+    """`awq` scales the inputs of linears first, so that the most active ones round finer."""
     samples: int = Field(default=64, ge=1)
     """Blocks of text that a quantiser reads, if it reads any."""
     embeddings: Literal["int8", "dense"] = "int8"
@@ -138,6 +141,10 @@ class Recipe(_Section):
     def _consistent(self) -> Recipe:
         if self.retraining is not None and self.sparsity is None:
             raise ValueError("retraining needs a sparsity section: it trains a sparse model")
+        if self.quantization.transform is not None and self.retraining and self.retraining.ast.low_rank is not None:
+            raise ValueError(
+                "quantization.transform scales inputs that a low-rank branch reads too; leave one of them out"
+            )
         for target in self.ignore:
             if target.startswith("re:"):
                 re.compile(target[3:])
@@ -163,7 +170,9 @@ class Recipe(_Section):
     def uses_text(self) -> bool:
         """Whether any stage reads text."""
         calibrated = self.sparsity is not None and self.sparsity.criterion != "magnitude"
-        return self.retraining is not None or calibrated or self.quantization.quantizer in NEED_HESSIAN
+        settings = self.quantization
+        rounded = settings.quantizer in NEED_HESSIAN or settings.transform is not None
+        return self.retraining is not None or calibrated or rounded
 
 
 def parse_budget(text: str) -> Budget:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import ClassVar
 
@@ -28,7 +29,8 @@ class QuantizedWeight:
     """A weight snapped to its grid.
 
     Args:
-        values: [O, I]; int8 grid values where `scale` is given, the weights themselves otherwise. Zeros are pruned.
+        values: [O, I]; grid values (int8, or e4m3 numbers as float32) where `scale` is given, the weights themselves
+            otherwise. Zeros are pruned.
         scale: [O, G] in the format's dtype, or None for formats without scales.
     """
 
@@ -60,6 +62,14 @@ class Format:
     """Whether two of four consecutive weights are kept."""
     grid: ClassVar[tuple[int, int] | None] = None
     """Smallest and largest grid value; None where values are floats."""
+    scaled: ClassVar[bool] = False
+    """Whether values are multiplied by a scale for each group."""
+    largest: ClassVar[float] = 1.0
+    """The value that a scale maps the largest weight of a group to."""
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """Floats, already divided by their scales, at the nearest values that the format stores."""
+        return values if self.grid is None else values.round().clamp_(*self.grid)
 
     def groups(self, in_features: int) -> int:
         """G, the number of scales a row."""
@@ -71,13 +81,13 @@ class Format:
             raise ValueError(f"a weight of shape [{out_features}, {in_features}] is empty")
         if self.sparse and in_features % 4:
             raise ValueError(f"in_features {in_features} is not a multiple of 4, which 2:4 sparsity needs")
-        if self.grid is not None and self.group_size != -1 and in_features % self.group_size:
+        if self.scaled and self.group_size != -1 and in_features % self.group_size:
             accepted = [size for size in (128, 64, 32, 16) if in_features % size == 0]
             raise ValueError(
                 f"in_features {in_features} is not a multiple of group_size {self.group_size}; "
                 f"usable here: {', '.join(map(str, [*accepted, -1]))} (-1: one scale a row)"
             )
-        if self.grid is not None and self.group_size != -1 and self.group_size % 8:
+        if self.scaled and self.group_size != -1 and self.group_size % 8:
             raise ValueError(f"group_size {self.group_size} is not a multiple of 8")
 
     def spec(self, out_features: int, in_features: int) -> Spec:
@@ -117,7 +127,7 @@ class Format:
         if found != spec:
             raise ValueError(f"{self.name}: expected {spec}, found {found}")
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
                 raise ValueError(f"{self.name}: {name} holds NaN or infinity")
         if "weight_scale" in tensors and bool((tensors["weight_scale"] < 0).any()):
             raise ValueError(f"{self.name}: weight_scale holds negative values")
@@ -125,9 +135,14 @@ class Format:
     def prepare(self, tensors: Tensors) -> dict[str, Tensor]:
         """Kernel layout of stored tensors where a kernel serves them on their device, else the tensors themselves."""
         on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.values())
-        if not on_cpu or not kernels.available():
+        if not on_cpu or not kernels.available() or not self.has_kernel():
             return dict(tensors)
         return self.kernel().prepare(tensors, self.group_size)
+
+    @classmethod
+    def has_kernel(cls) -> bool:
+        """Whether there is a module that serves this format; without one it runs through `unpack`."""
+        return find_spec(f"compressor.kernels.{cls.name}") is not None
 
     def kernel(self) -> ModuleType:
         """The module of `compressor.kernels` that serves this format."""

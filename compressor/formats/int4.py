@@ -18,6 +18,8 @@ class Int4(Format):
 
     name: ClassVar[str] = "int4"
     grid: ClassVar[tuple[int, int]] = (-8, 7)
+    scaled: ClassVar[bool] = True
+    largest: ClassVar[float] = 7
 
     def check(self, out_features: int, in_features: int) -> None:
         super().check(out_features, in_features)

@@ -17,6 +17,8 @@ class Int8(Format):
 
     name: ClassVar[str] = "int8"
     grid: ClassVar[tuple[int, int]] = (-127, 127)
+    scaled: ClassVar[bool] = True
+    largest: ClassVar[float] = 127
 
     def spec(self, out_features: int, in_features: int) -> Spec:
         self.check(out_features, in_features)

@@ -60,6 +60,16 @@ def low_rank_linear(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     return y * tensors["low_rank_b_scale"].to(x.dtype).squeeze(1) if "low_rank_b_scale" in tensors else y
 
 
+def low_rank_weight(tensors: Mapping[str, Tensor], in_features: int) -> Tensor:
+    """The branch as a dense weight [O, I] in float32: `S @ X`."""
+    b = tensors["low_rank_b"].float()
+    if "low_rank_b_scale" in tensors:
+        b = b * tensors["low_rank_b_scale"].float()
+    if "low_rank_a" in tensors:
+        return b @ tensors["low_rank_a"].float()
+    return b.repeat_interleave(in_features // b.shape[1], dim=1)
+
+
 def has_low_rank(tensors: Tensors) -> bool:
     """Whether a module's tensors hold a branch."""
     return "low_rank_b" in tensors

@@ -24,6 +24,8 @@ class Sparse24Int4(Format):
     name: ClassVar[str] = "sparse24_int4"
     sparse: ClassVar[bool] = True
     grid: ClassVar[tuple[int, int]] = (-8, 7)
+    scaled: ClassVar[bool] = True
+    largest: ClassVar[float] = 7
 
     def spec(self, out_features: int, in_features: int) -> Spec:
         self.check(out_features, in_features)

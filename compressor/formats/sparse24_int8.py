@@ -20,6 +20,8 @@ class Sparse24Int8(Format):
     name: ClassVar[str] = "sparse24_int8"
     sparse: ClassVar[bool] = True
     grid: ClassVar[tuple[int, int]] = (-127, 127)
+    scaled: ClassVar[bool] = True
+    largest: ClassVar[float] = 127
 
     def spec(self, out_features: int, in_features: int) -> Spec:
         self.check(out_features, in_features)

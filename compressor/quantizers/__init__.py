@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,10 @@ Quantizer = Callable[[Tensor, Any, Scheme], QuantizedWeight]
 
 __all__ = ["NEED_HESSIAN", "QUANTIZERS", "Quantizer", "gptq", "rtn", "snap"]
 
-QUANTIZERS: dict[str, Quantizer] = {"rtn": rtn, "gptq": gptq}
-NEED_HESSIAN = ("gptq",)
+QUANTIZERS: dict[str, Quantizer] = {
+    "rtn": rtn,
+    "gptq": gptq,
+    "gptq-act-order": partial(gptq, act_order=True),
+}
+NEED_HESSIAN = ("gptq", "gptq-act-order")
 """Quantisers whose statistics must hold Hessians."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from compressor.calibration import LayerStats
-from compressor.formats import QuantizedWeight, make_format
+from compressor.formats import Format, QuantizedWeight, make_format
 from compressor.hessian import inverse_factor
-from compressor.quantizers.rtn import rtn
+from compressor.quantizers.rtn import rtn, snap
 from compressor.scheme import Scheme
 
 _BLOCK = 128
@@ -26,22 +26,35 @@ _SWEEPS = 2
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, stats: LayerStats | None, scheme: Scheme) -> QuantizedWeight:
+def gptq(weight: Tensor, stats: LayerStats | None, scheme: Scheme, *, act_order: bool = False) -> QuantizedWeight:
     """Rounds a weight [O, I] so that the layer's output changes least.
 
-    Scales are searched group by group as round-to-nearest does, on the weights as corrected so far.
+    Scales are searched group by group as round-to-nearest does, on the weights as corrected so far; with `act_order`,
+    columns go from the most active input to the least, and scales are searched beforehand, for groups stay in place.
 
     Raises:
         ValueError: no Hessian in `stats`, NaN in the weight, or a shape that the format refuses.
     """
     fmt = make_format(scheme)
-    if fmt.grid is None:
+    if not fmt.scaled:
         return rtn(weight, stats, scheme)
     if stats is None or stats.hessian is None:
         raise ValueError("quantizer 'gptq' needs Hessians; calibrate with hessian=True, or use the quantizer 'rtn'")
-    w = weight.detach().to(torch.float32).clone()
-    mask = w != 0 if fmt.sparse else torch.ones_like(w, dtype=torch.bool)
-    u = inverse_factor(stats.hessian)
+    original = weight.detach().to(torch.float32)
+    mask = original != 0 if fmt.sparse else torch.ones_like(original, dtype=torch.bool)
+    solve = _by_activity if act_order else _by_group
+    w, scale = solve(original, mask, stats, scheme, fmt)
+    steps = scale.float().repeat_interleave(w.shape[1] // scale.shape[1], dim=1)
+    hessian = stats.hessian + 0.01 * stats.hessian.diagonal().mean() * torch.eye(w.shape[1])
+    for _ in range(_SWEEPS):
+        _sweep(w, original, mask, hessian, steps, fmt)
+    return snap(w, scale, fmt)
+
+
+def _by_group(original: Tensor, mask: Tensor, stats: LayerStats, scheme: Scheme, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Rounds from left to right; returns the rounded weight and its scales [O, G]."""
+    assert stats.hessian is not None
+    w, u = original.clone(), inverse_factor(stats.hessian)
     size = w.shape[1] // fmt.groups(w.shape[1])
     scales: list[Tensor] = []
     for start in range(0, w.shape[1], size):
@@ -50,26 +63,33 @@ def gptq(weight: Tensor, stats: LayerStats | None, scheme: Scheme) -> QuantizedW
         scale = rtn(w[:, group], part, Scheme(scheme.format, -1, scheme.dtype)).scale
         assert scale is not None
         scales.append(scale)
-        _round_group(w, mask, u, start, size, scale.float(), fmt.grid)
-    scale = torch.cat(scales, dim=1)
-    steps = scale.float().repeat_interleave(size, dim=1)
-    hessian = stats.hessian + 0.01 * stats.hessian.diagonal().mean() * torch.eye(w.shape[1])
-    for _ in range(_SWEEPS):
-        _sweep(w, weight.detach().float(), mask, hessian, steps, fmt.grid)
-    return QuantizedWeight((w / steps).round_().clamp_(*fmt.grid).to(torch.int8), scale)
+        _round_columns(w, mask, u, start, start + size, scale.float().expand(-1, size), fmt)
+    return w, torch.cat(scales, dim=1)
 
 
-def _round_group(
-    w: Tensor, mask: Tensor, u: Tensor, start: int, size: int, scale: Tensor, grid: tuple[int, int]
-) -> None:
-    """Rounds the columns [start, start + size) of w in place, block by block, and corrects the columns behind them."""
-    for first in range(start, start + size, _BLOCK):
-        last = min(first + _BLOCK, start + size)
+def _by_activity(
+    original: Tensor, mask: Tensor, stats: LayerStats, scheme: Scheme, fmt: Format
+) -> tuple[Tensor, Tensor]:
+    """Rounds from the most active column to the least; returns the rounded weight and its scales [O, G]."""
+    assert stats.hessian is not None
+    scale = rtn(original, LayerStats(stats.input_norm, stats.tokens), scheme).scale
+    assert scale is not None
+    order = stats.hessian.diagonal().argsort(descending=True)
+    w, kept = original[:, order].contiguous(), mask[:, order]
+    steps = scale.float().repeat_interleave(w.shape[1] // scale.shape[1], dim=1)[:, order]
+    _round_columns(w, kept, inverse_factor(stats.hessian[order][:, order]), 0, w.shape[1], steps, fmt)
+    return w[:, order.argsort()].contiguous(), scale
+
+
+def _round_columns(w: Tensor, mask: Tensor, u: Tensor, start: int, end: int, steps: Tensor, fmt: Format) -> None:
+    """Rounds the columns [start, end) of w in place, block by block, and corrects the columns behind them."""
+    for first in range(start, end, _BLOCK):
+        last = min(first + _BLOCK, end)
         columns = w[:, first:last].t().contiguous()
-        kept = mask[:, first:last].t().contiguous()
+        kept, step = mask[:, first:last].t().contiguous(), steps[:, first - start : last - start].t().contiguous()
         errors = torch.zeros_like(columns)
         for j in range(last - first):
-            rounded = (columns[j] / scale[:, 0]).round_().clamp_(*grid) * scale[:, 0]
+            rounded = fmt.rounded(columns[j] / step[j]) * step[j]
             errors[j] = (columns[j] - rounded) / u[first + j, first + j]
             columns[j] = rounded
             later = u[first + j, first + j + 1 : last]
@@ -78,7 +98,7 @@ def _round_group(
         w[:, last:] -= (errors.t() @ u[first:last, last:]) * mask[:, last:]
 
 
-def _sweep(q: Tensor, w: Tensor, mask: Tensor, hessian: Tensor, steps: Tensor, grid: tuple[int, int]) -> None:
+def _sweep(q: Tensor, w: Tensor, mask: Tensor, hessian: Tensor, steps: Tensor, fmt: Format) -> None:
     """Sets each kept value of q [O, I], in place, to the grid point that is best for (w - q) H (w - q)^T."""
     gradient = (w - q) @ hessian
     for first in range(0, w.shape[1], _BLOCK):
@@ -89,7 +109,7 @@ def _sweep(q: Tensor, w: Tensor, mask: Tensor, hessian: Tensor, steps: Tensor, g
         new = old.clone()
         for j in range(len(new)):
             best = new[j] + local[j] / h[j, j]
-            best = (best / step[j]).round_().clamp_(*grid) * step[j]
+            best = fmt.rounded(best / step[j]) * step[j]
             change = torch.where(kept[j], best - new[j], 0.0)
             new[j] += change
             local -= h[j, :, None] * change

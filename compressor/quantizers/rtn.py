@@ -6,25 +6,27 @@ least error is taken, each input weighted by its mean square where calibration g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressor.formats import QuantizedWeight, make_format
+from compressor.formats import Format, QuantizedWeight, make_format
 from compressor.scheme import Scheme
 
 CLIP_RATIOS = tuple(1 - step / 40 for step in range(17))
 """Shares of max |w| that are tried as the end of the grid."""
 
 
-def rtn(weight: Tensor, stats: Any, scheme: Scheme) -> QuantizedWeight:
+def rtn(weight: Tensor, stats: Any, scheme: Scheme, *, ratios: Sequence[float] = CLIP_RATIOS) -> QuantizedWeight:
     """Rounds a weight to its format's grid.
 
     Args:
         weight: [O, I], zeros where it is pruned.
         stats: `LayerStats` whose `input_norm` [I] weights the error, or None for the plain squared error.
         scheme: the format to round for.
+        ratios: shares of max |w| that are tried as the end of the grid.
 
     Raises:
         ValueError: NaN or infinity in the weight, or a shape that the format refuses.
@@ -34,36 +36,32 @@ def rtn(weight: Tensor, stats: Any, scheme: Scheme) -> QuantizedWeight:
     weight = weight.detach().float()
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("the weight holds NaN or infinity; nothing can be quantised from it")
-    if fmt.grid is None:
+    if not fmt.scaled:
         return QuantizedWeight(weight)
     groups = weight.unflatten(1, (fmt.groups(weight.shape[1]), -1))
     importance = torch.ones(1, *groups.shape[1:])
     if stats is not None:
         importance = stats.input_norm.float().square().view(1, *groups.shape[1:])
         importance = importance / importance.mean().clamp_min(torch.finfo(torch.float32).tiny) + 1e-4
-    scale = _search(groups, importance, fmt.grid, fmt.dtype)
-    values = _snap(groups, scale, fmt.grid)
-    return QuantizedWeight(values.to(torch.int8).flatten(1), scale.squeeze(2).to(fmt.dtype))
+    scale = _search(groups, importance, fmt, ratios)
+    return snap(weight, scale.squeeze(2).to(fmt.dtype), fmt)
 
 
-def snap(weight: Tensor, scale: Tensor, grid: tuple[int, int]) -> QuantizedWeight:
+def snap(weight: Tensor, scale: Tensor, fmt: Format) -> QuantizedWeight:
     """Rounds a weight [O, I] with given scales [O, G]."""
     groups = weight.unflatten(1, (scale.shape[1], -1))
-    return QuantizedWeight(_snap(groups, scale.float()[:, :, None], grid).to(torch.int8).flatten(1), scale)
+    values = fmt.rounded(groups / scale.float()[:, :, None]).flatten(1)
+    return QuantizedWeight(values if fmt.grid is None else values.to(torch.int8), scale)
 
 
-def _snap(groups: Tensor, scale: Tensor, grid: tuple[int, int]) -> Tensor:
-    return (groups / scale).round_().clamp_(*grid)
-
-
-def _search(groups: Tensor, importance: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The scale [O, G, 1] of least weighted error, as rounded to `dtype`, for groups [O, G, group]."""
+def _search(groups: Tensor, importance: Tensor, fmt: Format, ratios: Sequence[float]) -> Tensor:
+    """The scale [O, G, 1] of least weighted error, as rounded to its dtype, for groups [O, G, group]."""
     largest = groups.abs().amax(2, keepdim=True)
-    tiny = torch.finfo(dtype).tiny
+    tiny = torch.finfo(fmt.dtype).tiny
     best_scale = best_error = None
-    for ratio in CLIP_RATIOS:
-        scale = (largest * (ratio / grid[1])).clamp_min(tiny).to(dtype).float()
-        error = ((_snap(groups, scale, grid) * scale - groups).square_() * importance).sum(2, keepdim=True)
+    for ratio in ratios:
+        scale = (largest * (ratio / fmt.largest)).clamp_min(tiny).to(fmt.dtype).float()
+        error = ((fmt.rounded(groups / scale) * scale - groups).square_() * importance).sum(2, keepdim=True)
         if best_scale is None or best_error is None:
             best_scale, best_error = scale, error
             continue

@@ -16,7 +16,7 @@ from compressor.scheme import Scheme
 
 GOLDEN = Path(__file__).parent / "golden_formats.json"
 ALL = pytest.mark.parametrize("name", list(FORMATS))
-QUANTIZED = pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.grid is not None])
+QUANTIZED = pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.scaled])
 SPARSE = pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.sparse])
 
 
@@ -87,7 +87,7 @@ def test_golden_bytes(name: str) -> None:
     fmt = FORMATS[name](golden["group_size"])
     scale = golden.get("scale")
     weight = QuantizedWeight(
-        torch.tensor(golden["values"], dtype=torch.float32 if scale is None else torch.int8),
+        torch.tensor(golden["values"], dtype=torch.float32 if fmt.grid is None else torch.int8),
         None if scale is None else torch.tensor(scale),
     )
     packed = {key: t.contiguous().view(torch.uint8).flatten().tolist() for key, t in fmt.pack(weight).items()}
@@ -98,7 +98,7 @@ def test_golden_bytes(name: str) -> None:
 def test_negative_zero_is_stored_as_zero(name: str) -> None:
     fmt = FORMATS[name](8)
     values = torch.tensor([[1.0, -0.0, -0.0, 2.0, -0.0, -0.0, -0.0, 1.0]])
-    scale = None if fmt.grid is None else torch.ones(1, 1)
+    scale = torch.ones(1, 1) if fmt.scaled else None
     tensors = fmt.pack(QuantizedWeight(values, scale))
     positive = fmt.pack(QuantizedWeight(values.abs(), scale))
     assert all(torch.equal(a.view(torch.uint8), positive[key].view(torch.uint8)) for key, a in tensors.items())
@@ -111,7 +111,7 @@ def test_nan_and_infinity_are_refused(name: str, bad: float) -> None:
     fmt = FORMATS[name](8)
     values = torch.tensor([[bad, 0, 0, 0, 0, 0, 0, 0]])
     with pytest.raises(ValueError):
-        fmt.pack(QuantizedWeight(values, None if fmt.grid is None else torch.ones(1, 1)))
+        fmt.pack(QuantizedWeight(values, torch.ones(1, 1) if fmt.scaled else None))
     with pytest.raises(ValueError, match="NaN"):
         rtn(values, None, Scheme(name, 8))
 
@@ -124,11 +124,13 @@ def test_bad_scales_and_values_beyond_the_grid_are_refused(name: str) -> None:
         with pytest.raises(ValueError, match="scale"):
             fmt.pack(QuantizedWeight(zeros, scale))
     beyond = zeros.clone()
-    beyond[0, 0] = fmt.grid[1] + 1 if fmt.grid else 0
-    with pytest.raises(ValueError, match="grid"):
+    beyond[0, 0] = fmt.largest + 1
+    with pytest.raises(ValueError, match=r"grid|e4m3"):
         fmt.pack(QuantizedWeight(beyond, torch.ones(1, 1)))
-    with pytest.raises(ValueError, match="grid"):
-        fmt.pack(QuantizedWeight(zeros + 0.5, torch.ones(1, 1)))
+    between = zeros.clone()
+    between[0, 0] = 0.53
+    with pytest.raises(ValueError, match=r"grid|e4m3"):
+        fmt.pack(QuantizedWeight(between, torch.ones(1, 1)))
 
 
 @QUANTIZED
@@ -146,7 +148,7 @@ def test_more_than_two_of_four_is_refused(name: str) -> None:
     fmt = FORMATS[name](8)
     values = torch.tensor([[1.0, 1, 1, 0, 0, 0, 0, 0]])
     with pytest.raises(ValueError, match="not 2:4 sparse"):
-        fmt.pack(QuantizedWeight(values, None if fmt.grid is None else torch.ones(1, 1)))
+        fmt.pack(QuantizedWeight(values, torch.ones(1, 1) if fmt.scaled else None))
 
 
 @SPARSE
@@ -210,5 +212,5 @@ def test_bits_per_weight_is_the_arithmetic(name: str, size: int, bits: float) ->
 
 
 def test_unknown_format_names_the_accepted_ones() -> None:
-    with pytest.raises(ValueError, match="accepted: dense, int8, int4"):
+    with pytest.raises(ValueError, match="accepted: dense, fp8, int8, int4"):
         make_format(Scheme("sparse42"))

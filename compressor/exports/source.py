@@ -1,0 +1,155 @@
+"""What is exported: a checkpoint, layer by layer, as grid values and scales; and the way back.
+
+Only one layer is held at a time. A weight [O, I] comes as `QuantizedWeight`, whatever its packing was; a low-rank
+branch is folded into a plain dense weight, which is the one thing that no other runtime's layout can hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.calibration import is_conv1d
+from compressor.checkpoint import Checkpoint
+from compressor.exports.regrid import fit_grid
+from compressor.formats import QuantizedWeight, make_format
+from compressor.formats.low_rank import low_rank_weight
+from compressor.inspection import packed_modules
+from compressor.models import block_linears, name_of, skeleton
+from compressor.scheme import Scheme
+
+RECORD = "halfweight.json"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One packed module as it is to be exported.
+
+    Args:
+        name: of the module.
+        scheme: what it is stored as; plain dense where a branch was folded.
+        weight: [O, I] values, and their scales.
+        transposed: whether the model itself keeps this weight as [I, O] (GPT-2's Conv1D).
+    """
+
+    name: str
+    scheme: Scheme
+    weight: QuantizedWeight
+    transposed: bool
+
+    def dense(self) -> Tensor:
+        """The weight as the model's own module keeps it, rounded once to the scheme's dtype."""
+        values = self.weight.dequantized().to(getattr(torch, self.scheme.dtype))
+        return values.t().contiguous() if self.transposed else values
+
+
+class Source:
+    """An opened checkpoint, or a plain dense folder, for exporting."""
+
+    def __init__(self, folder: Path) -> None:
+        self.checkpoint = Checkpoint.open(folder)
+        self.schemes: Mapping[str, Scheme] = packed_modules(self.checkpoint)
+        model = skeleton(folder)
+        self._transposed = {name for name, module in model.named_modules() if is_conv1d(module)}
+        self._linears = list(block_linears(model))
+        found = (name_of(model, model.get_input_embeddings()), name_of(model, model.get_output_embeddings()))
+        self.embeddings = {name for name in found if name is not None}
+        """Names of the embedding and of the LM head, packed or not."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """`config.json` without our record of what is packed."""
+        return {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
+
+    def losses(self) -> list[str]:
+        """What no target holds."""
+        branched = [name for name, scheme in self.schemes.items() if scheme.low_rank is not None]
+        if not branched:
+            return []
+        return [
+            f"the low-rank branches of {len(branched)} layers ({branched[0]}, ...) are folded into their weights, "
+            "which are then neither sparse nor quantised and are stored in bf16"
+        ]
+
+    def exported_schemes(self) -> dict[str, Scheme]:
+        """{module: scheme} of every packed module, as it is exported."""
+        return {name: _exported(scheme) for name, scheme in self.schemes.items()}
+
+    def linears(self) -> dict[str, Scheme]:
+        """{module: scheme} of the packed linears of the blocks, as they are exported."""
+        return {name: scheme for name, scheme in self.exported_schemes().items() if name not in self.embeddings}
+
+    def dense_linears(self) -> list[str]:
+        """Linears of the blocks that are exported as plain numbers: left dense, or with a branch folded in."""
+        return [name for name in self._linears if make_format(self.linears().get(name, Scheme())).grid is None]
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether the model keeps this weight as [I, O]."""
+        return name in self._transposed
+
+    def scale(self, name: str) -> Tensor:
+        """The scales of one packed module."""
+        return self.checkpoint.tensor(f"{name}.weight_scale")
+
+    def layer(self, name: str) -> Layer:
+        """One packed module."""
+        scheme, tensors = self.schemes[name], self.checkpoint.module(name)
+        fmt = make_format(scheme)
+        weight = fmt.unpack_quantized({key: t for key, t in tensors.items() if key.startswith("weight")})
+        if scheme.low_rank is not None:
+            weight = QuantizedWeight(weight.dequantized() + low_rank_weight(tensors, weight.values.shape[1]))
+        return Layer(name, _exported(scheme), weight, name in self._transposed)
+
+    def plain(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that is not part of a packed weight: norms, biases, layers that were left dense."""
+        for name in self.checkpoint.names():
+            module, _, key = name.rpartition(".")
+            if module not in self.schemes or key == "bias":
+                yield name, self.checkpoint.tensor(name)
+
+
+def _exported(scheme: Scheme) -> Scheme:
+    return scheme if scheme.low_rank is None else Scheme("dense", -1, scheme.dtype)
+
+
+class Exported:
+    """A folder in a target's layout, read back. Targets say how a weight is read; norms and biases they share."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.folder, self.config = folder, config
+        self.checkpoint = Checkpoint.open(folder, verify=False, foreign=True)
+        model = skeleton(folder)
+        self.transposed = {name for name, module in model.named_modules() if is_conv1d(module)}
+
+    def weight(self, name: str, scheme: Scheme) -> QuantizedWeight | None:
+        """The weight [O, I] on the grid that it had, or None where it does not lie on that grid."""
+        weight = self.dense(name)
+        return fitted(weight.t().contiguous() if name in self.transposed else weight, scheme)
+
+    def dense(self, name: str) -> Tensor:
+        """The weight as the model's own module keeps it."""
+        return self.checkpoint.tensor(f"{name}.weight")
+
+    def plain(self, modules: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that is not part of the weights of `modules`."""
+        for name in self.checkpoint.names():
+            module, _, key = name.rpartition(".")
+            if module not in modules or key == "bias":
+                yield name, self.checkpoint.tensor(name)
+
+
+def fitted(weight: Tensor, scheme: Scheme) -> QuantizedWeight | None:
+    """A plain weight [O, I] on the grid that it had, or None where it does not lie on it."""
+    fmt = make_format(scheme)
+    return QuantizedWeight(weight) if fmt.grid is None else fit_grid(weight, fmt)
+
+
+def plain_names(folder: Path, modules: set[str]) -> list[str]:
+    """Names of the tensors that the model of a folder keeps beside the weights of `modules`."""
+    names = [name for name, _ in skeleton(folder).named_parameters()]
+    return [name for name in names if name.rpartition(".")[0] not in modules or not name.endswith(".weight")]
