@@ -55,6 +55,10 @@ def _paged_attention(
     return query.new_empty(query.shape)
 
 
+def _decoder_layers(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "linear": _linear,
     "rows": _rows,
@@ -64,4 +68,5 @@ FAKES: dict[str, Callable[..., Any]] = {
     "rotary_embedding": _rotary_embedding,
     "store_kv": _store_kv,
     "paged_attention": _paged_attention,
+    "decoder_layers": _decoder_layers,
 }

@@ -13,6 +13,8 @@ import os
 import sysconfig
 from pathlib import Path
 
+import torch
+
 from compressor.kernels.fakes import register_fakes
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ def load() -> ctypes.CDLL | None:
             raise ValueError(message)
         log.warning("the CPU kernels cannot be used (%s); compressed weights run unpacked, slowly", message)
         return None
+    # A team of threads that wait for each other needs threads that run at the same time: OpenMP's do.
+    loaded.halfweight_allow_teams("backend: OpenMP" in torch.__config__.parallel_info())
     register_fakes()
     return loaded
 

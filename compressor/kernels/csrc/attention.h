@@ -7,6 +7,7 @@ namespace halfweight {
 namespace {
 
 constexpr int kKeys = kAttentionRows;  // a block; rows of a piece of work are as many at most
+constexpr int kFewRows = 8;            // with so few, unpacking the keys and values to fp32 costs more than it saves
 
 // c[r][n] += sum over k of a[r][k] * b[k][n]; rows a multiple of 4, n a multiple of 16.
 template <int V> HW_INLINE void gemm_block(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int depth) {
@@ -39,30 +40,98 @@ struct Workspace {
   }
 };
 
-HW_INLINE const uint16_t* cached(const Attention& a, const uint16_t* cache, const int32_t* table, int kv_head, int key) {
-  const int64_t slot = static_cast<int64_t>(table[key / a.block_size]) * a.block_size + key % a.block_size;
-  return cache + (slot * a.kv_heads + kv_head) * a.dim;
+// Where the keys of a block lie in both caches, in elements.
+struct Places {
+  int64_t at[kKeys];
+  Places(const Attention& a, const int32_t* table, int kv_head, int first, int keys) {
+    const int64_t token = static_cast<int64_t>(a.kv_heads) * a.dim;
+    int block = first / a.block_size, offset = first % a.block_size;
+    for (int j = 0; j < keys; ++j) {
+      at[j] = (static_cast<int64_t>(table[block]) * a.block_size + offset) * token + static_cast<int64_t>(kv_head) * a.dim;
+      if (++offset == a.block_size) offset = 0, ++block;
+    }
+  }
+};
+
+// Rows of a head are far apart in the cache: no hardware prefetcher follows them.
+constexpr int kAhead = 16;
+HW_INLINE void prefetch_row(const uint16_t* cache, const Places& places, int j, int keys, int dim) {
+  if (j < keys) for (int d = 0; d < dim; d += 32) Simd::prefetch(cache + places.at[j] + d);
+}
+
+// Of few rows: one key meets four of them, or one row four keys, so that four sums cross their lanes together.
+void score_few(const Attention& a, const Workspace& w, const Places& places, int keys, int rows) {
+  const int dim = a.dim;
+  if (rows == 1) {
+    for (int j = 0; j < keys; j += 4) {
+      Float sum[4] = {Simd::fzero(), Simd::fzero(), Simd::fzero(), Simd::fzero()};
+      for (int i = 0; i < 4; ++i) prefetch_row(a.keys, places, j + i + kAhead, keys, dim);
+      for (int d = 0; d < dim; d += Simd::kLanes) {
+        const Float query = Simd::fload(w.query + d);
+        for (int i = 0; i < 4; ++i) sum[i] = Simd::fma(Simd::load_bf16(a.keys + places.at[j + i < keys ? j + i : keys - 1] + d), query, sum[i]);
+      }
+      Simd::reduce_add4(sum[0], sum[1], sum[2], sum[3], w.scores + j);
+    }
+    return;
+  }
+  for (int r = 0; r < rows; r += 4) {
+    float* turned = w.keys;  // [keys][4]
+    for (int j = 0; j < keys; ++j) {
+      Float sum[4] = {Simd::fzero(), Simd::fzero(), Simd::fzero(), Simd::fzero()};
+      const uint16_t* key = a.keys + places.at[j];
+      prefetch_row(a.keys, places, j + kAhead, keys, dim);
+      for (int d = 0; d < dim; d += Simd::kLanes) {
+        const Float k = Simd::load_bf16(key + d);
+        for (int i = 0; i < 4; ++i) sum[i] = Simd::fma(k, Simd::fload(w.query + (r + i) * dim + d), sum[i]);
+      }
+      Simd::reduce_add4(sum[0], sum[1], sum[2], sum[3], turned + 4 * j);
+    }
+    for (int i = 0; i < 4; ++i) for (int j = 0; j < keys; ++j) w.scores[(r + i) * kKeys + j] = turned[4 * j + i];
+  }
 }
 
 // scores[r][j] = query r . key j. With many rows the keys are transposed first, so that lanes are keys.
-void score(const Attention& a, const Workspace& w, const int32_t* table, int kv_head, int first, int keys, int rows) {
+void score(const Attention& a, const Workspace& w, const Places& places, int keys, int rows) {
   const int dim = a.dim;
-  if (rows > 8) {
-    for (int j = 0; j < kKeys; ++j) {
-      const uint16_t* key = cached(a, a.keys, table, kv_head, first + (j < keys ? j : keys - 1));
-      for (int d = 0; d < dim; ++d) w.keys[d * kKeys + j] = bf16_to_float(key[d]);
-    }
-    for (int i = 0; i < rows * kKeys; ++i) w.scores[i] = 0;
-    gemm(w.query, dim, w.keys, kKeys, w.scores, kKeys, (rows + 3) / 4 * 4, dim, kKeys);
-    return;
+  if (rows <= kFewRows) return score_few(a, w, places, keys, rows);
+  for (int j = 0; j < kKeys; ++j) {
+    const uint16_t* key = a.keys + places.at[j < keys ? j : keys - 1];
+    for (int d = 0; d < dim; ++d) w.keys[d * kKeys + j] = bf16_to_float(key[d]);
   }
+  for (int i = 0; i < rows * kKeys; ++i) w.scores[i] = 0;
+  gemm(w.query, dim, w.keys, kKeys, w.scores, kKeys, (rows + 3) / 4 * 4, dim, kKeys);
+}
+
+// sums[r][d] += sum over j of scores[r][j] * value j [d], for V registers of columns; gemm_block without a copy of the values.
+template <int V> HW_INLINE void weigh_block(const float* scores, const uint16_t* values, const Places& places, int keys, float* sums, int dim) {
+  Float acc[4][V];
+  for (int r = 0; r < 4; ++r) for (int v = 0; v < V; ++v) acc[r][v] = Simd::fload(sums + r * dim + v * Simd::kLanes);
   for (int j = 0; j < keys; ++j) {
-    const uint16_t* key = cached(a, a.keys, table, kv_head, first + j);
-    for (int r = 0; r < rows; ++r) {
-      Float sum = Simd::fzero();
-      for (int d = 0; d < dim; d += Simd::kLanes) sum = Simd::fma(Simd::load_bf16(key + d), Simd::fload(w.query + r * dim + d), sum);
-      w.scores[r * kKeys + j] = Simd::reduce_add(sum);
+    const uint16_t* value = values + places.at[j];
+    Float row[V];
+    for (int v = 0; v < V; ++v) row[v] = Simd::load_bf16(value + v * Simd::kLanes);
+    for (int r = 0; r < 4; ++r) {
+      const Float x = Simd::fset1(scores[r * kKeys + j]);
+      for (int v = 0; v < V; ++v) acc[r][v] = Simd::fma(x, row[v], acc[r][v]);
     }
+  }
+  for (int r = 0; r < 4; ++r) for (int v = 0; v < V; ++v) Simd::fstore(sums + r * dim + v * Simd::kLanes, acc[r][v]);
+}
+void weigh(const Attention& a, const Workspace& w, const Places& places, int keys, int rows, float* sums) {
+  const int dim = a.dim;
+  if (rows > kFewRows) {
+    for (int j = 0; j < keys; ++j) {
+      const uint16_t* value = a.values + places.at[j];
+      for (int d = 0; d < dim; ++d) w.values[j * dim + d] = bf16_to_float(value[d]);
+    }
+    return gemm(w.scores, kKeys, w.values, dim, sums, dim, rows, keys, dim);
+  }
+  constexpr int wide = Simd::kLanes == 16 ? 4 : 2;
+  for (int r = 0; r < rows; r += 4) {
+    int n = 0;
+    for (; n + wide * Simd::kLanes <= dim; n += wide * Simd::kLanes)
+      weigh_block<wide>(w.scores + r * kKeys, a.values + n, places, keys, sums + r * dim + n, dim);
+    for (; n < dim; n += Simd::kLanes) weigh_block<1>(w.scores + r * kKeys, a.values + n, places, keys, sums + r * dim + n, dim);
   }
 }
 
@@ -111,17 +180,18 @@ void attend(const Attention& a, const AttentionPart& part, float* memory, float*
   }
   for (int key = part.key_begin; key < part.key_end; key += kKeys) {
     const int keys = part.key_end - key < kKeys ? part.key_end - key : kKeys;
-    score(a, w, table, part.kv_head, key, keys, rows);
+    const Places places(a, table, part.kv_head, key, keys);
+    for (int j = 0; j < keys; ++j) {
+      if (j < kAhead) prefetch_row(a.keys, places, j, keys, dim);
+      prefetch_row(a.values, places, j, keys, dim);
+    }
+    score(a, w, places, keys, rows);
     for (int r = rows; r < padded; ++r) for (int j = 0; j < kKeys; ++j) w.scores[r * kKeys + j] = 0;
     for (int r = 0; r < rows; ++r) {
       const int before = position + r / heads + 1 - key;
       softmax_row(w.scores + r * kKeys, before < 0 ? 0 : before < keys ? before : keys, sums + r * dim, dim, largest + r, total + r);
     }
-    for (int j = 0; j < keys; ++j) {
-      const uint16_t* value = cached(a, a.values, table, part.kv_head, key + j);
-      for (int d = 0; d < dim; ++d) w.values[j * dim + d] = bf16_to_float(value[d]);
-    }
-    gemm(w.scores, kKeys, w.values, dim, sums, dim, padded, keys, dim);
+    weigh(a, w, places, keys, padded, sums);
   }
 }
 

@@ -1,5 +1,6 @@
 // Schemas, and the C functions that loading.py calls.
 #include "operators.h"
+#include "team.h"
 
 using namespace halfweight;
 
@@ -22,6 +23,9 @@ __attribute__((visibility("default"))) const char* halfweight_register() {
       {"store_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()", "store_kv", store_kv},
       {"paged_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor query_start, Tensor context_lens, "
        "float scale) -> Tensor", "paged_attention", paged_attention},
+      {"decoder_layers(Tensor x, Tensor[] weights, int present, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor cos_sin, "
+       "Tensor positions, Tensor slot_mapping, Tensor block_tables, Tensor query_start, Tensor context_lens, int heads, int inner, "
+       "float eps, float scale) -> (Tensor, Tensor)", "decoder_layers", decoder_layers},
   };
   for (const auto& op : operators)
     if (const char* error = register_operator(op.schema, op.name, op.kernel)) return error;
@@ -29,6 +33,8 @@ __attribute__((visibility("default"))) const char* halfweight_register() {
   return nullptr;
 }
 
+// Whether torch runs all pieces of a parallel_for at the same time.
+__attribute__((visibility("default"))) void halfweight_allow_teams(int concurrent) { allow_teams(concurrent != 0); }
 __attribute__((visibility("default"))) const char* halfweight_isa() { return kernels().name; }
 __attribute__((visibility("default"))) const char* halfweight_supported_isas() { return supported_isas(); }
 }

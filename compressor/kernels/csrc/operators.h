@@ -5,6 +5,12 @@
 namespace halfweight {
 
 Weight parsed(const Tensor& blob, const char* what);  // fails on a damaged blob
+void check_branch(const Weight& branch, const Weight& weight, const char* what);
+void check_bias(const Tensor& bias, const Weight& weight, const char* what);
+void check_caches(const Tensor& keys, const Tensor& values);
+// All of an Attention but its query; fails where shapes do not fit together.
+Attention attention_over(const Tensor& keys, const Tensor& values, int64_t heads, int64_t dim, Dtype dtype, const Tensor& tables,
+                         const Tensor& starts, const Tensor& lengths, double scale);
 
 void linear(Value* stack, uint64_t inputs, uint64_t outputs);
 void rows(Value* stack, uint64_t inputs, uint64_t outputs);
@@ -15,5 +21,6 @@ void silu_and_mul(Value* stack, uint64_t inputs, uint64_t outputs);
 void rotary_embedding(Value* stack, uint64_t inputs, uint64_t outputs);
 void store_kv(Value* stack, uint64_t inputs, uint64_t outputs);
 void paged_attention(Value* stack, uint64_t inputs, uint64_t outputs);
+void decoder_layers(Value* stack, uint64_t inputs, uint64_t outputs);
 
 }  // namespace halfweight

@@ -58,6 +58,11 @@ struct Simd {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
+  // out[0 .. 3] = the sums of a, b, c and d.
+  static HW_INLINE void reduce_add4(Float a, Float b, Float c, Float d, float* out) {
+    const Float sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+  }
   static HW_INLINE Float to_float(Int a) { return _mm256_cvtepi32_ps(a); }
   static HW_INLINE Float as_float(Int a) { return _mm256_castsi256_ps(a); }
   static HW_INLINE Float permute4(Float x, Int index) { return _mm256_permutevar_ps(x, index); }

@@ -56,6 +56,14 @@ struct Simd {
   static HW_INLINE Float fadd(Float a, Float b) { return _mm512_add_ps(a, b); }
   static HW_INLINE Float fmax(Float a, Float b) { return _mm512_max_ps(a, b); }
   static HW_INLINE float reduce_add(Float a) { return _mm512_reduce_add_ps(a); }
+  // out[0 .. 3] = the sums of a, b, c and d.
+  static HW_INLINE void reduce_add4(Float a, Float b, Float c, Float d, float* out) {
+    const __m512d ab = _mm512_castps_pd(fadd(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d cd = _mm512_castps_pd(fadd(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    const Float sums = fadd(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
   static HW_INLINE Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
   static HW_INLINE Float as_float(Int a) { return _mm512_castsi512_ps(a); }
   // One of the four floats of each 128-bit lane by the low two bits of the index.

@@ -43,6 +43,10 @@ struct Simd {
   static HW_INLINE Float mul(Float a, Float b) { return vmulq_f32(a, b); }
   static HW_INLINE Float fadd(Float a, Float b) { return vaddq_f32(a, b); }
   static HW_INLINE float reduce_add(Float a) { return vaddvq_f32(a); }
+  // out[0 .. 3] = the sums of a, b, c and d.
+  static HW_INLINE void reduce_add4(Float a, Float b, Float c, Float d, float* out) {
+    out[0] = reduce_add(a), out[1] = reduce_add(b), out[2] = reduce_add(c), out[3] = reduce_add(d);
+  }
   static HW_INLINE Float to_float(Int a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
   static HW_INLINE Float as_float(Int a) { return vreinterpretq_f32_u32(a); }
   static HW_INLINE Float permute4(Float x, Int index) {

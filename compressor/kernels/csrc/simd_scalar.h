@@ -47,6 +47,10 @@ struct Simd {
   static HW_INLINE Float mul(Float a, Float b) { return a * b; }
   static HW_INLINE Float fadd(Float a, Float b) { return a + b; }
   static HW_INLINE float reduce_add(Float a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+  // out[0 .. 3] = the sums of a, b, c and d.
+  static HW_INLINE void reduce_add4(Float a, Float b, Float c, Float d, float* out) {
+    out[0] = reduce_add(a), out[1] = reduce_add(b), out[2] = reduce_add(c), out[3] = reduce_add(d);
+  }
   static HW_INLINE Float to_float(Int a) { return __builtin_convertvector((Signed)a, Float); }
   static HW_INLINE Float as_float(Int a) { return (Float)a; }
   static __attribute__((noinline)) Float permute4(Float x, Int index) {

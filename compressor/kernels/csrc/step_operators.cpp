@@ -161,11 +161,9 @@ void store_kv(Value* stack, uint64_t, uint64_t) {
   const Tensor k_cache(stack[2]), v_cache(stack[3]);
   Tensor slots_in(stack[4]);
   const Tensor key = std::move(key_in).dense_rows(), value = std::move(value_in).dense_rows(), slots = std::move(slots_in).dense();
-  for (const Tensor* cache : {&k_cache, &v_cache})
-    if (cache->type() != Type::bf16 || cache->dim() != 4 || !cache->contiguous()) fail("the caches must be contiguous bfloat16 [blocks, block_size, Hkv, D]");
+  check_caches(k_cache, v_cache);
   if (slots.type() != Type::i64) fail("slot_mapping must be int64 [T]");
   const int64_t tokens = slots.numel(), width = k_cache.size(2) * k_cache.size(3), capacity = k_cache.size(0) * k_cache.size(1);
-  if (v_cache.numel() != k_cache.numel()) fail("the caches differ in size");
   for (const Tensor* source : {&key, &value})
     if (source->dim() != 3 || source->size(0) != tokens || source->size(1) * source->size(2) != width) fail("key and value must be [T, Hkv, D], like the caches");
   const int64_t* slot = static_cast<const int64_t*>(slots.data());

@@ -30,6 +30,9 @@ struct Shim {
   Error (*copy)(Handle self, Handle src, int32_t non_blocking);
   Error (*parallel_for)(int64_t, int64_t, int64_t, Range, void*);
   Error (*num_threads)(uint32_t*);
+  Error (*list_size)(Value, size_t*);
+  Error (*list_item)(Value, size_t, Value*);
+  Error (*delete_list)(Value);
   Error (*delete_value)(Value*);  // from torch 2.13; before, values were plain `new`
   int32_t cpu, types[6];          // in the order of Type
 } shim;
@@ -66,7 +69,8 @@ const char* load_torch() {
       find(torch, "aoti_torch_get_strides", &shim.strides) && find(torch, "aoti_torch_get_data_ptr", &shim.data) &&
       find(torch, "aoti_torch_get_dtype", &shim.dtype) && find(torch, "aoti_torch_empty_strided", &shim.empty) &&
       find(torch, "aoti_torch_copy_", &shim.copy) && find(torch, "torch_parallel_for", &shim.parallel_for) &&
-      find(torch, "torch_get_num_threads", &shim.num_threads);
+      find(torch, "torch_get_num_threads", &shim.num_threads) && find(torch, "torch_list_size", &shim.list_size) &&
+      find(torch, "torch_list_get_item", &shim.list_item) && find(torch, "torch_delete_list", &shim.delete_list);
   if (!found) return missing;
   *reinterpret_cast<void**>(&shim.delete_value) = dlsym(torch, "torch_delete_stable_ivalue");
   missing[0] = 0;
@@ -123,6 +127,20 @@ Tensor Tensor::optional(Value v) {
 
 Tensor::~Tensor() {
   if (handle_) shim.delete_tensor(handle_);
+}
+
+std::vector<Tensor> take_list(Value list) {
+  size_t size = 0;
+  check(shim.list_size(list, &size), "tell a list's length");
+  std::vector<Tensor> tensors;
+  tensors.reserve(size);
+  for (size_t i = 0; i < size; ++i) {
+    Value item = 0;
+    check(shim.list_item(list, i, &item), "take an item of a list");
+    tensors.emplace_back(item);
+  }
+  check(shim.delete_list(list), "delete a list");
+  return tensors;
 }
 
 int Tensor::dim() const {

@@ -3,6 +3,7 @@
 // torch/csrc/stable/c/shim.h.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
 
@@ -53,6 +54,9 @@ class Tensor {
  private:
   Handle handle_ = nullptr;
 };
+
+// A `Tensor[]` argument, taken over: the list gives each of its items away once.
+std::vector<Tensor> take_list(Value v);
 
 template <class T> T take(Value v) { T out; __builtin_memcpy(&out, &v, sizeof out); return out; }  // int64, double, bool
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from serve.engine import ops
 from serve.engine.models.config import ModelConfig
+from serve.engine.models.linears import KernelLinear
 
 
 class StepInputs(NamedTuple):
@@ -119,6 +120,54 @@ class DecoderLayer(nn.Module):
         x_TC, residual_TC = self.mlp_norm(x_TC, residual_TC)
         return self.mlp(x_TC), residual_TC
 
+    def parts(self) -> list[Tensor | None] | None:
+        """What `decoder_layers` takes of a layer, in its order; None if a part of it has no kernel."""
+        attention, mlp = self.attention, self.mlp
+        qkv, o, up, down = attention.qkv, attention.o, mlp.up, mlp.down
+        if not (self.attention_norm.rms and mlp.gated):
+            return None
+        if not all(isinstance(linear, KernelLinear) for linear in (qkv, o, up, down)):
+            return None
+        norms = [None if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
+        before, after = [self.attention_norm.weight, *_tensors(qkv), *norms], [self.mlp_norm.weight]
+        return [*before, *_tensors(o), *after, *_tensors(up), *_tensors(down)]
+
+
+def _tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    assert isinstance(linear, KernelLinear)
+    return linear.weight, linear.bias, linear.low_rank
+
+
+class FusedLayers:
+    """All layers as one operator, to the same bits as the modules one by one; the weights are theirs."""
+
+    def __init__(self, config: ModelConfig, weights: list[Tensor], present: int) -> None:
+        self.weights, self.present = weights, present
+        self.constants = (config.num_heads, config.intermediate_size, config.norm_eps, config.scale)
+
+    @classmethod
+    def of(cls, config: ModelConfig, layers: list[DecoderLayer], dtype: torch.dtype) -> FusedLayers | None:
+        """None where the operator does not know these layers: another norm, a plain linear, layers that differ."""
+        parts = [layer.parts() for layer in layers]
+        if config.rope is None or config.head_dim % 16 or dtype != torch.bfloat16:
+            return None
+        if not parts or any(part is None for part in parts):
+            return None
+        present = {sum(1 << i for i, tensor in enumerate(part or ()) if tensor is not None) for part in parts}
+        if len(present) > 1:
+            return None
+        weights = [tensor for part in parts for tensor in part or () if tensor is not None]
+        return cls(config, weights, present.pop())
+
+    def __call__(
+        self, x_TC: Tensor, step: StepInputs, k_caches: list[Tensor], v_caches: list[Tensor], cos_sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # token_ids is the embedding's.
+        out: tuple[Tensor, Tensor] = torch.ops.halfweight.decoder_layers.default(
+            x_TC, self.weights, self.present, k_caches, v_caches, cos_sin, *step[1:], *self.constants
+        )
+        return out
+
 
 class Decoder(nn.Module):
     """`forward` gives the normed hidden states of every token, `logits` those of the tokens one asks for."""
@@ -138,6 +187,7 @@ class Decoder(nn.Module):
         self.config, self.dtype = config, dtype
         self.embed = embed
         self.layers = nn.ModuleList(layers)
+        self.fused = FusedLayers.of(config, layers, dtype)
         self.norm = norm
         self.lm_head = lm_head
         self.embed_positions: Tensor | None
@@ -150,8 +200,11 @@ class Decoder(nn.Module):
         if self.embed_positions is not None:
             x_TC = x_TC + self.embed_positions[step.positions + self.config.position_offset]
         residual_TC = None
-        for layer, k_cache, v_cache in zip(self.layers, k_caches, v_caches, strict=True):
-            x_TC, residual_TC = layer(x_TC, residual_TC, step, k_cache, v_cache, self.cos_sin)
+        if self.fused is not None and self.cos_sin is not None:
+            x_TC, residual_TC = self.fused(x_TC, step, k_caches, v_caches, self.cos_sin)
+        else:
+            for layer, k_cache, v_cache in zip(self.layers, k_caches, v_caches, strict=True):
+                x_TC, residual_TC = layer(x_TC, residual_TC, step, k_cache, v_cache, self.cos_sin)
         out: Tensor = self.norm(x_TC, residual_TC)[0]
         return out
 

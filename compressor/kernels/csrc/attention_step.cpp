@@ -1,0 +1,101 @@
+#include "attention_step.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace halfweight {
+namespace {
+
+constexpr int kSplitKeys = 128;   // of a decode step: lets several threads share one sequence evenly
+constexpr int kSplitQueries = 4;  // with more queries there is work enough without splitting keys
+
+void check(const Attention& a, int sequences, int64_t tokens, int64_t blocks) {
+  if (a.starts[0] < 0 || a.starts[sequences] > tokens) fail("query_start leaves the %lld queries", static_cast<long long>(tokens));
+  for (int s = 0; s < sequences; ++s) {
+    const int queries = a.starts[s + 1] - a.starts[s];
+    if (queries < 0 || a.lengths[s] < queries) fail("sequence %d has %d queries but %d tokens of context", s, queries, a.lengths[s]);
+    const int64_t used = (static_cast<int64_t>(a.lengths[s]) + a.block_size - 1) / a.block_size;
+    if (used > a.max_blocks) fail("sequence %d needs %lld blocks, block_tables has %d", s, static_cast<long long>(used), a.max_blocks);
+    for (int64_t i = 0; i < used && queries > 0; ++i) {
+      const int32_t block = a.tables[static_cast<int64_t>(s) * a.max_blocks + i];
+      if (block < 0 || block >= blocks) fail("block %d of sequence %d is out of range: the cache has %lld", block, s, static_cast<long long>(blocks));
+    }
+  }
+}
+
+}  // namespace
+
+AttentionStep::AttentionStep(const Attention& a, int sequences, int64_t tokens, int64_t cache_blocks)
+    : a_(a), sequences_(sequences), tokens_(tokens) {
+  check(a, sequences, tokens, cache_blocks);
+  const int per_tile = kAttentionRows / (a.heads / a.kv_heads);
+  for (int s = 0; s < sequences; ++s) {
+    const int queries = a.starts[s + 1] - a.starts[s];
+    for (int h = 0; h < a.kv_heads; ++h)
+      for (int first = 0; first < queries; first += per_tile) {
+        const int count = queries - first < per_tile ? queries - first : per_tile;
+        const int keys = a.lengths[s] - queries + first + count;  // the last query of the tile sees these
+        const int split = queries <= kSplitQueries ? kSplitKeys : keys;
+        Job job{s, h, first, count, 0, static_cast<int>(parts_.size())};
+        for (int begin = 0; begin < keys; begin += split, ++job.parts)
+          parts_.push_back({s, h, first, count, begin, begin + split < keys ? begin + split : keys});
+        jobs_.push_back(job);
+      }
+  }
+}
+
+size_t AttentionStep::bytes() const {
+  size_t floats = 16;
+  for (const AttentionPart& p : parts_) floats += rows_of(p) * (static_cast<size_t>(a_.dim) + 2);
+  return floats * 4;
+}
+
+void AttentionStep::place(char* memory) {
+  float* at = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+  for (const AttentionPart& p : parts_) {
+    const size_t rows = rows_of(p);
+    partials_.push_back({at, at + rows * a_.dim, at + rows * (a_.dim + 1)});
+    at += rows * (a_.dim + 2);
+  }
+}
+
+void AttentionStep::attend(int64_t n, const uint16_t* keys, const uint16_t* values, char* work) const {
+  // From both ends in turn: of a causal prefill the late parts are the long ones.
+  const int64_t i = n % 2 ? parts() - 1 - n / 2 : n / 2;
+  const Partial& p = partials_[i];
+  float* memory = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(work) + 63) / 64 * 64);
+  Attention a = a_;
+  a.keys = keys, a.values = values;
+  kernels().attend(a, parts_[i], memory, p.sums, p.largest, p.total);
+}
+
+void AttentionStep::merge(int64_t j, void* out, char* memory) const {
+  const Job& job = jobs_[j];
+  const Partial* partials = partials_.data() + job.part_of_first;
+  float* row = reinterpret_cast<float*>(memory);
+  const int heads = a_.heads / a_.kv_heads;
+  for (int r = 0; r < job.count * heads; ++r) {
+    float largest = -INFINITY, total = 0;
+    for (int p = 0; p < job.parts; ++p) largest = partials[p].largest[r] > largest ? partials[p].largest[r] : largest;
+    std::memset(row, 0, static_cast<size_t>(a_.dim) * 4);
+    for (int p = 0; p < job.parts; ++p) {
+      // A part whose maximum is -inf saw no key; its sums are 0.
+      const float factor = partials[p].largest[r] > -INFINITY ? std::exp(partials[p].largest[r] - largest) : 0;
+      total += factor * partials[p].total[r];
+      for (int d = 0; d < a_.dim; ++d) row[d] += factor * partials[p].sums[r * a_.dim + d];
+    }
+    for (int d = 0; d < a_.dim; ++d) row[d] /= total;
+    const int64_t token = a_.starts[job.sequence] + job.first + r / heads;
+    char* to = static_cast<char*>(out) + (token * a_.heads + job.kv_head * heads + r % heads) * a_.dim * static_cast<int64_t>(dtype_bytes(a_.dtype));
+    kernels().copy_row(row, Dtype::f32, to, a_.dtype, a_.dim, row + a_.dim);
+  }
+}
+
+void AttentionStep::clear_padding(void* out) const {
+  const size_t row_bytes = static_cast<size_t>(a_.heads) * a_.dim * dtype_bytes(a_.dtype);
+  const size_t end = static_cast<size_t>(a_.starts[sequences_]);
+  std::memset(out, 0, static_cast<size_t>(a_.starts[0]) * row_bytes);
+  std::memset(static_cast<char*>(out) + end * row_bytes, 0, (static_cast<size_t>(tokens_) - end) * row_bytes);
+}
+
+}  // namespace halfweight
