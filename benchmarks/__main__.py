@@ -15,6 +15,7 @@ BENCHMARKS = {
     "quality": ("benchmarks.quality", "perplexity of models on held-out text, through the engine that serves them"),
     "kernels": ("benchmarks.kernels", "time and bandwidth of each kernel, per shape and batch, against dense"),
     "exports": ("benchmarks.exports", "each export in its real consumer, against the dense export in the same one"),
+    "packing": ("benchmarks.packing", "memory and time of packing a model of a billion weights without holding it"),
     "demo": ("benchmarks.demo", "the whole story on SmolLM2-135M-Instruct: compress, serve, ask, compare"),
     "report": ("benchmarks.report", "show a saved comparison again: as a table, as Markdown, as a page"),
 }

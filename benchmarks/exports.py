@@ -14,6 +14,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,14 +64,22 @@ def main(argv: Sequence[str]) -> int:
                 wanted = {"model": model.label, "storage": model.storage, "consumer": consumer, "export": target}
                 if any(wanted.items() <= row.items() for row in rows):
                     continue
-                rows.append(wanted | measure(model.folder, consumer, target, str(program), options.work))
+                try:
+                    rows.append(wanted | measure(model.folder, consumer, target, str(program), options.work))
+                except OSError as error:  # a consumer that does not take this kind must not cost the other rows
+                    print(f"{model.label}, {target} in {consumer}: {error}", file=sys.stderr, flush=True)
+                    continue
                 print(_sentence(rows[-1]), flush=True)
-    agreed = {(row["consumer"], row["export"]) for row in rows if row.get("agreement", 0.0) >= SAME}
-    headline = {"exports_same_tokens": len(agreed)}
-    if options.json:
-        write_record(options.json, make_record("exports", _public(argv), rows, headline))
-        print(f"wrote {options.json}")
+                _write(options.json, argv, rows)
+    _write(options.json, argv, rows)
     return 0
+
+
+def _write(file: Path | None, argv: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the record; the headline counts the consumers' layouts that said the same tokens."""
+    agreed = {(row["consumer"], row["export"]) for row in rows if row.get("agreement", 0.0) >= SAME}
+    if file:
+        write_record(file, make_record("exports", _public(argv), rows, {"exports_same_tokens": len(agreed)}))
 
 
 def _public(argv: Sequence[str]) -> list[str]:

@@ -1,7 +1,11 @@
-"""`python -m benchmarks quality MODEL ...`: perplexity on held-out text, through the engine that serves the models."""
+"""`python -m benchmarks quality MODEL ...`: perplexity on held-out text, through the engine that serves the models.
+
+`--arms quantisers` measures a fixed set of checkpoints instead (`benchmarks/quantisers.py`).
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +17,8 @@ from benchmarks.record import make_record, parser, write_record
 
 def main(argv: Sequence[str]) -> int:
     """Measures, prints a table, writes the record."""
+    if "--arms" in argv:
+        return importlib.import_module("benchmarks.quantisers").main(argv)
     flags = parser(
         "quality", "Perplexity of models, dense or compressed; the first one is what others are compared with."
     )

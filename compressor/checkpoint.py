@@ -120,6 +120,14 @@ class Checkpoint:
         # A copy of its own: a view would keep the whole file mapped, and counted, as long as it lives.
         return self._handle(self.shards[name]).get_tensor(name).clone()
 
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of one stored tensor, without reading the others."""
+        return self._handle(self.shards[name]).get_slice(name)[start:stop].clone()
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a stored tensor."""
+        return tuple(self._handle(self.shards[name]).get_slice(name).get_shape())
+
     def _handle(self, shard: Path) -> Any:
         """The shard, opened once: its header names every tensor and takes a while to parse."""
         if shard not in self._handles:

@@ -45,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     flag("--out", default=_env("out"), help="folder to make")
     flag("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one entry of the recipe")
     flag("--budget", default=_env("budget"), help="bound retraining: 90s, 10m, 2h, 500ktok, 2Mtok")
+    flag("--one-shot", action="store_true", help="leave retraining out")
+    flag("--low-memory", action="store_true", help="never hold the model: one weight at a time, without text")
     flag("--dry-run", action="store_true", help="check everything, estimate size, memory and time, and stop")
     flag("--print-config", action="store_true", help="print the recipe in full and stop")
     flag("--force", action="store_true", help="replace OUT if it exists")
@@ -81,7 +83,8 @@ def _compress(arguments: Sequence[str]) -> int:
     from compressor.recipe import load_recipe
 
     budget = [f"retraining.budget={options.budget}"] if options.budget else []
-    recipe = load_recipe(options.recipe, [*options.set, *budget])
+    one_shot = ["retraining=null"] if options.one_shot else []
+    recipe = load_recipe(options.recipe, [*options.set, *budget, *one_shot])
     if options.print_config:
         import yaml
 
@@ -93,9 +96,11 @@ def _compress(arguments: Sequence[str]) -> int:
         return _dry_run(options.model, recipe, options.out, options.force)
     from compressor.pipeline import compress
     from compressor.progress import reporter
+    from compressor.streaming import compress_streaming
 
+    run = compress_streaming if options.low_memory else compress
     with reporter() as report:
-        result = compress(options.model, recipe, options.out, force=options.force, report=report)
+        result = run(options.model, recipe, options.out, force=options.force, report=report)
     _summary(result)
     return 0
 

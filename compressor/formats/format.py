@@ -68,8 +68,8 @@ class Format:
     """The value that a scale maps the largest weight of a group to."""
 
     def rounded(self, values: Tensor) -> Tensor:
-        """Floats, already divided by their scales, at the nearest values that the format stores."""
-        return values if self.grid is None else values.round().clamp_(*self.grid)
+        """Floats, already divided by their scales, at the nearest values that the format stores; may change them."""
+        return values if self.grid is None else values.round_().clamp_(*self.grid)
 
     def groups(self, in_features: int) -> int:
         """G, the number of scales a row."""

@@ -18,6 +18,8 @@ from compressor.scheme import Scheme
 CLIP_RATIOS = tuple(1 - step / 40 for step in range(17))
 """Shares of max |w| that are tried as the end of the grid."""
 
+_BLOCK = 1 << 18
+
 
 def rtn(weight: Tensor, stats: Any, scheme: Scheme, *, ratios: Sequence[float] = CLIP_RATIOS) -> QuantizedWeight:
     """Rounds a weight to its format's grid.
@@ -39,11 +41,13 @@ def rtn(weight: Tensor, stats: Any, scheme: Scheme, *, ratios: Sequence[float] =
     if not fmt.scaled:
         return QuantizedWeight(weight)
     groups = weight.unflatten(1, (fmt.groups(weight.shape[1]), -1))
-    importance = torch.ones(1, *groups.shape[1:])
+    importance = None
     if stats is not None:
         importance = stats.input_norm.float().square().view(1, *groups.shape[1:])
         importance = importance / importance.mean().clamp_min(torch.finfo(torch.float32).tiny) + 1e-4
-    scale = _search(groups, importance, fmt, ratios)
+    # Rows are independent: blocks of them stay in the caches while their scales are searched.
+    blocks = groups.split(max(1, _BLOCK // weight.shape[1]))
+    scale = torch.cat([_search(block, importance, fmt, ratios) for block in blocks])
     return snap(weight, scale.squeeze(2).to(fmt.dtype), fmt)
 
 
@@ -54,14 +58,15 @@ def snap(weight: Tensor, scale: Tensor, fmt: Format) -> QuantizedWeight:
     return QuantizedWeight(values if fmt.grid is None else values.to(torch.int8), scale)
 
 
-def _search(groups: Tensor, importance: Tensor, fmt: Format, ratios: Sequence[float]) -> Tensor:
+def _search(groups: Tensor, importance: Tensor | None, fmt: Format, ratios: Sequence[float]) -> Tensor:
     """The scale [O, G, 1] of least weighted error, as rounded to its dtype, for groups [O, G, group]."""
     largest = groups.abs().amax(2, keepdim=True)
     tiny = torch.finfo(fmt.dtype).tiny
     best_scale = best_error = None
     for ratio in ratios:
         scale = (largest * (ratio / fmt.largest)).clamp_min(tiny).to(fmt.dtype).float()
-        error = ((fmt.rounded(groups / scale) * scale - groups).square_() * importance).sum(2, keepdim=True)
+        squares = fmt.rounded(groups / scale).mul_(scale).sub_(groups).square_()
+        error = (squares if importance is None else squares.mul_(importance)).sum(2, keepdim=True)
         if best_scale is None or best_error is None:
             best_scale, best_error = scale, error
             continue

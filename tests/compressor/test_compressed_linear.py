@@ -20,7 +20,9 @@ def packed(scheme: Scheme, rows: int = 40, columns: int = 64) -> tuple[dict[str,
     return tensors, fmt.unpack_quantized(tensors).dequantized().double()
 
 
-@pytest.mark.parametrize("low_rank", [None, LowRank(16), LowRank(8, "bfloat16"), LowRank(16, "int8", True)])
+@pytest.mark.parametrize(
+    "low_rank", [None, LowRank(16), LowRank(8, "bfloat16"), LowRank(16, "int4"), LowRank(16, "int8", True)]
+)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_forward_is_weight_and_branch_and_bias(name: str, bias: bool, low_rank: LowRank | None) -> None:
@@ -36,7 +38,10 @@ def test_forward_is_weight_and_branch_and_bias(name: str, bias: bool, low_rank: 
         branch = pack_low_rank(low_rank, s, projection)
         scale = branch.get("low_rank_b_scale", torch.ones(1))
         sums = torch.eye(rank).repeat_interleave(low_rank.segment, 1) if projection is None else branch["low_rank_a"]
-        expected = expected + x.double() @ (branch["low_rank_b"].double() * scale.double() @ sums.double()).T
+        stored = branch["low_rank_b"]
+        if low_rank.dtype == "int4":
+            stored = torch.stack((stored & 15, stored >> 4), dim=2).flatten(1).double() - 8
+        expected = expected + x.double() @ (stored.double() * scale.double() @ sums.double()).T
         tensors |= branch
     layer = CompressedLinear(64, 40, scheme, bias=bias)
     if bias:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compressor.checkpoint import ShardWriter
 from compressor.formats import FORMATS, Format, QuantizedWeight, make_format
 from compressor.masks import n_m_mask
 from compressor.quantizers import rtn
@@ -214,3 +215,37 @@ def test_bits_per_weight_is_the_arithmetic(name: str, size: int, bits: float) ->
 def test_unknown_format_names_the_accepted_ones() -> None:
     with pytest.raises(ValueError, match="accepted: dense, fp8, int8, int4"):
         make_format(Scheme("sparse42"))
+
+
+@ALL
+@given(rows=st.integers(1, 6), groups=st.integers(1, 3), seed=st.integers(0, 999), kept=st.integers(0, 4))
+@settings(max_examples=25, deadline=None)
+def test_groups_with_any_number_of_zeros_come_back(name: str, rows: int, groups: int, seed: int, kept: int) -> None:
+    """Groups of four with three or four zeros, negative zeros among them, in every format."""
+    fmt = FORMATS[name](32)
+    weight = random_weight(rows, groups * 32, seed)
+    places = random_weight(rows, groups * 8 * 4, seed + 1).unflatten(1, (-1, 4)).argsort(2).flatten(1)
+    weight = torch.where(places < kept, weight, -torch.zeros(()))
+    snapped = quantized(fmt, weight)
+    tensors = fmt.pack(snapped)
+    fmt.validate(tensors)
+    unpacked = fmt.unpack(tensors)
+    assert torch.equal(unpacked, snapped.dequantized().to(fmt.dtype))
+    assert not torch.signbit(unpacked[unpacked == 0]).any()
+    assert not unpacked[weight == 0].any()
+
+
+@ALL
+@pytest.mark.parametrize("size", [64, 128])
+def test_a_file_has_the_size_that_the_arithmetic_says(name: str, size: int, tmp_path: Path) -> None:
+    table = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith(f"`{name}` |"))
+    said = [float(number) for number in row.rpartition("|")[2].split(",")]
+    bits = said[0 if size == 64 else -1]
+    writer = ShardWriter(tmp_path)
+    fmt = FORMATS[name](size)
+    for key, tensor in fmt.pack(quantized(fmt, random_weight(256, 1024))).items():
+        writer.add(f"layer.{key}", tensor)
+    writer.close()
+    assert (tmp_path / "model.safetensors").stat().st_size == pytest.approx(bits / 8 * 256 * 1024, rel=0.01)
+    assert fmt.bits_per_weight(256, 1024) == bits

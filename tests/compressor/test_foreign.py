@@ -1,0 +1,113 @@
+"""Checkpoints that others quantised, as dense models to start from."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.checkpoint import Checkpoint, CheckpointError
+from compressor.exports import export_checkpoint
+from compressor.foreign import READERS, dequantise
+from compressor.models import fetch_model, load_model
+from compressor.pipeline import compress
+from compressor.recipe import parse_recipe
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+def words(values: Tensor, dim: int, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """4-bit values in 32-bit words along a dimension, one field after the other, by plain arithmetic."""
+    parts = values.long().unflatten(dim, (-1, 8)).unbind(dim + 1)
+    total = sum(parts[place] << (4 * field) for field, place in enumerate(order))
+    assert isinstance(total, Tensor)
+    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
+
+
+def random_parts() -> tuple[Tensor, Tensor, Tensor]:
+    """Values [O, I] in 0..15, zero points [O, G] in 1..15, scales [O, G]: 16 rows, 64 inputs, groups of 32."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 16, (16, 64), generator=generator)
+    zeros = torch.randint(1, 16, (16, 2), generator=generator)
+    return values, zeros, torch.rand(16, 2, generator=generator).half()
+
+
+def test_gptq_with_zero_points_and_act_order() -> None:
+    values, zeros, scales = random_parts()
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1)) // 32
+    wanted = (values - zeros[:, order]).float() * scales.float()[:, order]
+    parts = {
+        "qweight": words(values.t(), 0), "qzeros": words(zeros.t() - 1, 1),
+        "scales": scales.t(), "g_idx": order.to(torch.int32),
+    }  # fmt: skip
+    assert torch.equal(READERS["gptq"](parts, {"bits": 4}), wanted)
+    parts["qzeros"] = words(zeros.t(), 1)
+    assert torch.equal(READERS["gptq"](parts, {"bits": 4, "checkpoint_format": "gptq_v2"}), wanted)
+    del parts["g_idx"]
+    plain = (values - zeros.repeat_interleave(32, 1)).float() * scales.float().repeat_interleave(32, 1)
+    assert torch.equal(READERS["gptq"](parts, {"bits": 4, "checkpoint_format": "gptq_v2"}), plain)
+
+
+def test_awq() -> None:
+    values, zeros, scales = random_parts()
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    parts = {"qweight": words(values.t(), 1, order), "qzeros": words(zeros.t(), 1, order), "scales": scales.t()}
+    wanted = (values - zeros.repeat_interleave(32, 1)).float() * scales.float().repeat_interleave(32, 1)
+    assert torch.equal(READERS["awq"](parts, {"bits": 4, "version": "gemm"}), wanted)
+    with pytest.raises(CheckpointError, match="accepted here: gemm"):
+        READERS["awq"](parts, {"bits": 4, "version": "gemv"})
+
+
+def test_compressed_tensors_with_zero_points() -> None:
+    values, zeros, scales = random_parts()
+    parts = {
+        "weight_packed": words(values, 1), "weight_scale": scales, "weight_zero_point": words(zeros, 0),
+        "weight_shape": torch.tensor([16, 64]),
+    }  # fmt: skip
+    wanted = (values - zeros.repeat_interleave(32, 1)).float() * scales.float().repeat_interleave(32, 1)
+    assert torch.equal(READERS["compressed-tensors"](parts, {}), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(1,), (16, 1), (16, 2)])
+def test_compressed_tensors_unpacked(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    values, scale = torch.arange(-64, 64).repeat(16, 1).to(dtype), torch.rand(shape)
+    wanted = values.float() * (scale if len(shape) == 1 else scale.repeat_interleave(128 // shape[1], 1))
+    assert torch.equal(READERS["compressed-tensors"]({"weight": values, "weight_scale": scale}, {}), wanted)
+
+
+@pytest.mark.parametrize("target", ["gptq", "compressed-tensors"])
+def test_an_export_is_a_model_to_start_from(target: str, tiny_llama: Path, tmp_path: Path, prose: Path) -> None:
+    packed = tmp_path / "packed"
+    recipe = parse_recipe({"sparsity": {"criterion": "magnitude"}, "quantization": {"group_size": 32}})
+    compress(str(tiny_llama), recipe, packed, report=lambda *_: None)
+    export_checkpoint(packed, target, tmp_path / target)
+    export_checkpoint(packed, "dense", tmp_path / "dense")
+    folder = fetch_model(str(tmp_path / target))
+    assert folder != tmp_path / target
+    assert fetch_model(str(tmp_path / target)) == folder
+    ours, theirs = Checkpoint.open(tmp_path / "dense"), Checkpoint.open(folder)
+    assert ours.names() == theirs.names()
+    assert all(torch.equal(ours.tensor(name), theirs.tensor(name)) for name in ours.names())
+    load_model(folder)
+    again = compress(str(tmp_path / target), recipe, tmp_path / "again", report=lambda *_: None)
+    assert again.plan.folder == folder
+
+
+def test_wrong_tensors_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe({"quantization": {"group_size": 32}})
+    compress(str(tiny_llama), recipe, tmp_path / "packed", report=lambda *_: None)
+    export_checkpoint(tmp_path / "packed", "gptq", tmp_path / "gptq")
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    for change, message in (({"bits": 3}, "accepted here"), ({"quant_method": "awq", "version": "gemm"}, "awq")):
+        broken = tmp_path / "broken"
+        shutil.copytree(tmp_path / "gptq", broken)
+        record = config | {"quantization_config": config["quantization_config"] | change}
+        (broken / "config.json").write_text(json.dumps(record))
+        (tmp_path / "stage").mkdir()
+        with pytest.raises(CheckpointError, match=message):
+            dequantise(broken, tmp_path / "stage")
+        shutil.rmtree(broken)
+        shutil.rmtree(tmp_path / "stage")

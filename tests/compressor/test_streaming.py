@@ -1,0 +1,71 @@
+"""Packing that never holds the model gives the same bytes as packing that does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressor.cli import main
+from compressor.pipeline import compress
+from compressor.recipe import parse_recipe
+from compressor.streaming import compress_streaming
+
+
+@pytest.mark.parametrize("values", ["int4", "int8", "fp8", "bfloat16"])
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_gpt2"])
+def test_the_same_bytes(
+    kind: str,
+    values: str,
+    sparse: bool,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("compressor.streaming._BLOCK_WEIGHTS", 1000)  # several blocks a weight, one of them short
+    model = str(request.getfixturevalue(kind))
+    record = {"quantization": {"values": values, "group_size": 32}}
+    recipe = parse_recipe(record | ({"sparsity": {"criterion": "magnitude"}} if sparse else {}))
+    first = compress(model, recipe, tmp_path / "whole", report=lambda *_: None)
+    second = compress_streaming(model, recipe, tmp_path / "streamed", report=lambda *_: None)
+    assert (first.out / "model.safetensors").read_bytes() == (second.out / "model.safetensors").read_bytes()
+    configs = [json.loads((result.out / "config.json").read_text()) for result in (first, second)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+
+
+def test_the_command(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(tiny_llama), "--recipe", "one-shot-2of4-int4", "--low-memory", "--one-shot"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 1
+    assert "sparsity.criterion=magnitude" in capsys.readouterr().err
+    settings = ["--set", "sparsity.criterion=magnitude", "--set", "quantization.quantizer=rtn"]
+    assert main([*command, *settings, "--out", str(tmp_path / "out")]) == 0
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_one_shot_leaves_retraining_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["MODEL", "--recipe", "ast-2of4-int4", "--one-shot", "--budget", "10m", "--print-config"]) == 0
+    assert "retraining" not in capsys.readouterr().out
+
+
+def test_a_shard_holds_what_was_added(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from compressor.checkpoint import ShardWriter
+
+    tensors = {
+        "a": torch.arange(7, dtype=torch.uint8), "b": torch.randn(3, 5).bfloat16(), "c": torch.randn(2),
+        "d": torch.randn(3).to(torch.float8_e4m3fn), "e": torch.tensor(3), "f": torch.empty(0, 4),
+    }  # fmt: skip
+    writer = ShardWriter(tmp_path)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    found = load_file(tmp_path / "model.safetensors")
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
+        n: (t.dtype, t.shape) for n, t in tensors.items()
+    }
+    assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in tensors.items())
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "theirs").stat().st_size == (tmp_path / "model.safetensors").stat().st_size
+    assert not (tmp_path / "shard.waiting").exists()
