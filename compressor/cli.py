@@ -93,7 +93,7 @@ def _compress(arguments: Sequence[str]) -> int:
     if options.out is None:
         parser().error("--out is missing: name the folder to make")
     if options.dry_run:
-        return _dry_run(options.model, recipe, options.out, options.force)
+        return _dry_run(options.model, recipe, options.out, options.force, options.low_memory)
     from compressor.pipeline import compress
     from compressor.progress import reporter
     from compressor.streaming import compress_streaming
@@ -105,13 +105,16 @@ def _compress(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _dry_run(model: str, recipe: Any, out: str, force: bool) -> int:
+def _dry_run(model: str, recipe: Any, out: str, force: bool, low_memory: bool) -> int:
     from compressor.models import fetch_model
     from compressor.output import OutputFolder
     from compressor.preflight import check, try_one_layer
+    from compressor.recipe import check_streamable
 
     OutputFolder(out, force=force).check()
-    plan = check(fetch_model(model), recipe, Path(out))
+    if low_memory:
+        check_streamable(recipe)
+    plan = check(fetch_model(model), recipe, Path(out), low_memory=low_memory)
     formats = sorted({f"{s.format} (group {s.group_size})" for s in plan.schemes.values()})
     print(f"model      {model}: {plan.model_type}, {plan.parameters / 1e6:.1f} M parameters")
     print(f"layers     {len(plan.schemes)} packed: {', '.join(formats)}")

@@ -180,6 +180,15 @@ class Recipe(_Section):
         return self.retraining is not None or calibrated or rounded
 
 
+def check_streamable(recipe: Recipe) -> None:
+    """Raises ValueError for a recipe that has to hold the model."""
+    if recipe.uses_text:
+        raise ValueError(
+            f"--low-memory reads one weight at a time, and recipe {recipe.name!r} needs the whole model for its text. "
+            "Give --one-shot --set sparsity.criterion=magnitude --set quantization.quantizer=rtn too, or leave it out."
+        )
+
+
 def parse_budget(text: str) -> Budget:
     """`10m` is 600 seconds, `2Mtok` two million tokens. Raises ValueError for anything else."""
     match = _BUDGET.fullmatch(text.strip())

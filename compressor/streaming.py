@@ -23,20 +23,11 @@ from compressor.output import OutputFolder
 from compressor.pipeline import Report, Result, config_of, save_tensors
 from compressor.preflight import Plan, check
 from compressor.quantizers import rtn
-from compressor.recipe import Recipe
+from compressor.recipe import Recipe, check_streamable
 from compressor.scheme import Scheme
 
 _BLOCK_WEIGHTS = 1 << 22
 """Weights that are worked on at a time: 16 MiB in float32, and a few times that while scales are searched."""
-
-
-def check_streamable(recipe: Recipe) -> None:
-    """Raises ValueError for a recipe that has to hold the model."""
-    if recipe.uses_text:
-        raise ValueError(
-            f"--low-memory reads one weight at a time, and recipe {recipe.name!r} needs the whole model for its text. "
-            "Give --one-shot --set sparsity.criterion=magnitude --set quantization.quantizer=rtn too, or leave it out."
-        )
 
 
 def compress_streaming(name: str, recipe: Recipe, out: str | Path, *, force: bool = False, report: Report) -> Result:

@@ -10,6 +10,7 @@ Modules are imported when they are asked for: some need packages that others do 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -75,27 +76,41 @@ def import_checkpoint(folder: Path, out: Path, *, force: bool = False) -> list[s
     """
     target, modules, config = _read_record(folder)
     quantization = QuantizationConfig.from_dict(config.get("quantization_config"))
-    exported: Exported = export_module(target).Exported(folder, config)
-    schemes: dict[str, Scheme] = {}
+    reader = export_module(target).Exported
     with OutputFolder(out, force=force) as output:
-        writer = CheckpointWriter(output)
-        copy_companions(folder, writer.folder)
-        for name in modules:
-            scheme = quantization.scheme_of(name)
-            weight = None if scheme is None or scheme.low_rank is not None else exported.weight(name, scheme)
-            if scheme is None or weight is None:
-                writer.add(f"{name}.weight", exported.dense(name))
-                continue
-            schemes[name] = scheme
-            for key, tensor in make_format(scheme).pack(weight).items():
-                writer.add(f"{name}.{key}", tensor)
-        for name, tensor in exported.plain(set(modules)):
-            writer.add(name, tensor)
-        missed = [name for name in modules if name not in schemes]
-        if missed:
-            config["quantization_config"] = QuantizationConfig.from_schemes(schemes).to_dict()
-        writer.finish(config)
-    return missed
+        try:
+            schemes = _import(reader(folder, config), modules, quantization, CheckpointWriter(output), folder, config)
+        except (KeyError, IndexError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{folder} does not hold what its {RECORD} says: {error}") from None
+    return [name for name in modules if name not in schemes]
+
+
+def _import(
+    exported: Exported,
+    modules: Sequence[str],
+    quantization: QuantizationConfig,
+    writer: CheckpointWriter,
+    folder: Path,
+    config: dict[str, Any],
+) -> dict[str, Scheme]:
+    """Packs every module again; returns the schemes of those that lie on their grids still."""
+    copy_companions(folder, writer.folder)
+    schemes: dict[str, Scheme] = {}
+    for name in modules:
+        scheme = quantization.scheme_of(name)
+        weight = None if scheme is None or scheme.low_rank is not None else exported.weight(name, scheme)
+        if scheme is None or weight is None:
+            writer.add(f"{name}.weight", exported.dense(name))
+            continue
+        schemes[name] = scheme
+        for key, tensor in make_format(scheme).pack(weight).items():
+            writer.add(f"{name}.{key}", tensor)
+    for name, tensor in exported.plain(set(modules)):
+        writer.add(name, tensor)
+    if len(schemes) < len(modules):
+        config["quantization_config"] = QuantizationConfig.from_schemes(schemes).to_dict()
+    writer.finish(config)
+    return schemes
 
 
 def _read_record(folder: Path) -> tuple[str, list[str], dict[str, Any]]:

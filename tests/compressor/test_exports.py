@@ -278,6 +278,14 @@ def test_a_grid_is_found_again(name: str) -> None:
     assert fit_grid(torch.randn(50, 64).bfloat16(), fmt) is None
 
 
+def test_a_truncated_export_is_refused(sparse_int4: Path, tmp_path: Path) -> None:
+    export_checkpoint(sparse_int4, "onnx", tmp_path / "onnx")
+    data = tmp_path / "onnx" / "model.onnx_data"
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="does not hold"):
+        import_checkpoint(tmp_path / "onnx", tmp_path / "back")
+
+
 def test_the_commands(sparse_int4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(sparse_int4), "--to", "dense", "--out", str(tmp_path / "dense")]) == 0
     assert "MB for dense" in capsys.readouterr().out
@@ -294,6 +302,10 @@ def test_a_broken_record_is_refused(sparse_int4: Path, tmp_path: Path) -> None:
         (tmp_path / "dense" / "halfweight.json").write_text(json.dumps(record | change))
         with pytest.raises(CheckpointError):
             import_checkpoint(tmp_path / "dense", tmp_path / "back")
+    (tmp_path / "dense" / "halfweight.json").write_text(json.dumps(record | {"modules": ["model.layers.7.no_proj"]}))
+    with pytest.raises(CheckpointError):
+        import_checkpoint(tmp_path / "dense", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
     (tmp_path / "dense" / "halfweight.json").write_text(json.dumps(record | {"target": "os"}))
     with pytest.raises(ValueError, match="no export 'os'"):
         import_checkpoint(tmp_path / "dense", tmp_path / "back")
