@@ -14,6 +14,8 @@ BENCHMARKS = {
     ),
     "quality": ("benchmarks.quality", "perplexity of models on held-out text, through the engine that serves them"),
     "kernels": ("benchmarks.kernels", "time and bandwidth of each kernel, per shape and batch, against dense"),
+    "throughput": ("benchmarks.throughput", "one stream: prefill and decode against llama.cpp and dense bf16"),
+    "serving": ("benchmarks.serving", "many streams over HTTP against other servers; start and memory"),
     "exports": ("benchmarks.exports", "each export in its real consumer, against the dense export in the same one"),
     "packing": ("benchmarks.packing", "memory and time of packing a model of a billion weights without holding it"),
     "demo": ("benchmarks.demo", "the whole story on SmolLM2-135M-Instruct: compress, serve, ask, compare"),
@@ -23,7 +25,7 @@ BENCHMARKS = {
 
 def usage() -> str:
     """What `python -m benchmarks --help` prints."""
-    names = "\n".join(f"  {name:9} {sentence}" for name, (_, sentence) in BENCHMARKS.items())
+    names = "\n".join(f"  {name:10} {sentence}" for name, (_, sentence) in BENCHMARKS.items())
     return (
         f"usage: python -m benchmarks NAME [--quick] [--json FILE] ...\n\n{names}\n\n"
         "python -m benchmarks NAME --help shows the flags of one of them"

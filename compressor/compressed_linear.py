@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 from compressor.formats import make_format
 from compressor.formats.low_rank import has_low_rank, low_rank_linear, low_rank_spec
+from compressor.kernels import blob, low_rank
 from compressor.scheme import Scheme
+
+_BRANCH = "low_rank_kernel"
+"""Name of the low-rank branch in the kernel's layout."""
 
 
 class PackedModule(nn.Module):
@@ -58,7 +62,7 @@ class PackedModule(nn.Module):
             self._buffers[name] = tensor
 
     def prepare(self) -> None:
-        """Replaces the stored tensors by the kernel's layout, and frees them. Calling it again does nothing."""
+        """Replaces the stored weight by the kernel's layout, and frees it. Calling it again does nothing."""
         names = [name for name in self.tensors if name.startswith("weight")]
         stored = {name: self.tensors[name] for name in names}
         if not self.format.stored(stored):
@@ -89,10 +93,22 @@ class CompressedLinear(PackedModule):
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype) if bias else None)
         self._has_low_rank = has_low_rank(self.tensors)
 
+    def prepare(self) -> None:
+        """Also joins the low-rank branch to the kernel's linear, unless its projection was trained."""
+        super().prepare()
+        tensors = self.tensors
+        if self.scheme.low_rank is None or "low_rank_a" in tensors or blob.NAME not in tensors or _BRANCH in tensors:
+            return
+        branch = low_rank.prepare(tensors, self.scheme.low_rank.segment)
+        for name in [name for name in tensors if name.startswith("low_rank")]:
+            del self._buffers[name]
+        self.register_buffer(_BRANCH, branch)
+        self._has_low_rank = False
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., O] in x's dtype from x [..., I]."""
         tensors = self.tensors
-        y = self.format.linear(x, tensors, tensors.get("bias"))
+        y = self.format.linear(x, tensors, tensors.get("bias"), tensors.get(_BRANCH))
         return y + low_rank_linear(x, tensors) if self._has_low_rank else y
 
     def unpacked(self) -> Tensor:

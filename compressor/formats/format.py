@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compressor import kernels
+from compressor.kernels.linear import linear as kernel_linear
 
 Tensors = Mapping[str, Tensor]
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -148,11 +149,14 @@ class Format:
         """The module of `compressor.kernels` that serves this format."""
         return import_module(f"compressor.kernels.{self.name}")
 
-    def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None = None) -> Tensor:
-        """[..., O] in x's dtype from x [..., I] and tensors in the stored or the kernel layout."""
+    def linear(self, x: Tensor, tensors: Tensors, bias: Tensor | None = None, low_rank: Tensor | None = None) -> Tensor:
+        """[..., O] in x's dtype from x [..., I] and tensors in the stored or the kernel layout.
+
+        `low_rank` is what `compressor.kernels.low_rank.prepare` returned; only the kernel layout takes it.
+        """
         if self.stored(tensors):
             return F.linear(x, self.unpack(tensors).to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return self.kernel().linear(x, tensors, bias)
+        return kernel_linear(x, tensors, bias, low_rank)
 
     def rows(self, tensors: Tensors, ids: Tensor) -> Tensor:
         """[..., I] in `dtype`: the rows `ids` of the weight, for embeddings, in the stored or the kernel layout."""

@@ -56,6 +56,21 @@ def test_forward_is_weight_and_branch_and_bias(name: str, bias: bool, low_rank: 
         layer.prepare()
 
 
+@pytest.mark.parametrize("low_rank", [None, LowRank(16)])
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_the_compiler_takes_it_as_one_graph(name: str, prepared: bool, low_rank: LowRank | None) -> None:
+    scheme = Scheme(name, 32, low_rank=low_rank)
+    layer = CompressedLinear(64, 40, scheme)
+    branch = {} if low_rank is None else pack_low_rank(low_rank, torch.randn(40, 4))
+    layer.assign(packed(scheme)[0] | branch)
+    if prepared:
+        layer.prepare()
+    x = torch.randn(3, 64)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
+
 def test_a_state_dict_is_the_stored_checkpoint() -> None:
     scheme = Scheme("sparse24_int4", 32)
     tensors, _ = packed(scheme)

@@ -63,7 +63,7 @@ def test_an_unknown_instruction_set_is_a_mistake_with_the_accepted_ones() -> Non
 @pytest.mark.parametrize("isa", [name for name in kernels.supported_isas() if name != kernels.isa()])
 def test_every_instruction_set_passes_the_same_tests(isa: str) -> None:
     assert run(SHOW, HALFWEIGHT_ISA=isa).stdout.startswith(f"{isa} CPU kernels with {isa} ")
-    files = ["tests/kernels/test_linear.py", "tests/kernels/test_steps.py"]
+    files = [f"tests/kernels/test_{name}.py" for name in ("linear", "steps", "decoder_layers")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not fake and not compile", *files],
         env={**os.environ, "HALFWEIGHT_ISA": isa, "HALFWEIGHT_TEST_EXAMPLES": "8"},

@@ -22,7 +22,7 @@ LinearStep::LinearStep(const Kernels& kernels, const Weight& weight, const Weigh
            (branch == nullptr || is_quantised(branch->format));
   padded_ = tiles_ ? (tokens + kTileTokens - 1) / kTileTokens * kTileTokens : tokens;
   input_ = plan(weight, tokens, exact);
-  if (branch) sums_ = plan(*branch, tokens, exact);
+  if (branch) sums_ = plan(*branch, tokens, exact || !is_quantised(weight.format));  // both run by the same function
 }
 
 LinearStep::Input LinearStep::plan(const Weight& w, int tokens, bool exact) const {

@@ -1,0 +1,228 @@
+"""`python -m benchmarks serving`: many streams over HTTP, ours against llama.cpp's server and vLLM's, and our start.
+
+All servers run at the same time and are asked in turn, the idle ones waiting; every request has a prompt of its own, so
+that no cache of earlier prompts helps. A stream is fair if it does not take much longer than the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import httpx
+
+from benchmarks.record import make_record, parser, write_record
+
+PACKED, LLAMA, VLLM = "halfweight", "llama.cpp Q4_0", "vLLM bf16"
+STREAMS = (1, 8, 32)
+PROMPT_WORDS, OUTPUT, CONTEXT = 100, 64, 512
+WORDS = ("river", "stone", "window", "paper", "garden", "winter", "letter", "market", "engine", "silver", "bridge")
+
+
+@dataclass
+class Server:
+    """One server process and where it listens."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> float:
+        """Seconds until the first token of the first answer."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [part.replace("{port}", str(self.port)) for part in self.command]
+        began = time.monotonic()
+        self.process = subprocess.Popen(
+            command, env=os.environ | self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while time.monotonic() - began < 300:
+            if self.process.poll() is not None:
+                raise ValueError(f"{self.name} ended with status {self.process.returncode}: {' '.join(command)}")
+            try:
+                asyncio.run(self.ask(1, 1, salt=0))
+                return time.monotonic() - began
+            except (httpx.HTTPError, ValueError):
+                time.sleep(0.05)
+        raise ValueError(f"{self.name} did not answer within 300 s: {' '.join(command)}")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait(30)
+
+    async def ask(self, streams: int, tokens: int, salt: int) -> list[list[float]]:
+        """The times of every token of every stream, in seconds since they were all asked for."""
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=600, limits=limits) as client:
+            model = (await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
+            start = time.perf_counter()
+            return await asyncio.gather(
+                *(self._stream(client, model, tokens, salt * 1000 + i, start) for i in range(streams))
+            )
+
+    async def _stream(self, client: httpx.AsyncClient, model: str, tokens: int, seed: int, start: float) -> list[float]:
+        words = [WORDS[(seed * 7 + i * (1 + seed % 5)) % len(WORDS)] for i in range(PROMPT_WORDS)]
+        body = {
+            "model": model,
+            "prompt": f"{seed} " + " ".join(words),
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        times: list[float] = []
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                raise ValueError(f"{self.name} answered {response.status_code}: {(await response.aread())[:200]!r}")
+            async for line in response.aiter_lines():
+                if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
+                    times.append(time.perf_counter() - start)
+        if not times:
+            raise ValueError(f"{self.name} sent no token")
+        return times
+
+    def resident_bytes(self) -> int:
+        """Resident memory of the process now."""
+        assert self.process is not None
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("VmRSS"))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Starts the servers, measures in turn, prints the table, writes the record."""
+    options = flags().parse_args(list(argv))
+    rounds = 1 if options.quick else options.rounds
+    with ExitStack() as stack:
+        headline = measure_start(options.packed)
+        servers = [
+            Server(
+                PACKED, [sys.executable, "-m", "serve", str(options.packed), "--port", "{port}", "--max-num-seqs", "32"]
+            )
+        ]
+        servers += peers(options)
+        for server in servers:
+            stack.callback(server.stop)
+            print(f"{server.name}: first token after {server.start():.1f} s", flush=True)
+        rows = measure(servers, rounds)
+    headline |= summarise(rows)
+    for name, value in headline.items():
+        print(f"{name:30} {value:.3f}")
+    if options.json:
+        public = [Path(part).name if "/" in part else part for part in argv]
+        write_record(options.json, make_record("serving", public, rows, headline))
+        print(f"wrote {options.json}")
+    return 0
+
+
+def flags() -> argparse.ArgumentParser:
+    """The command's flags."""
+    result = parser("serving", __doc__.splitlines()[0])
+    result.add_argument("packed", type=Path, metavar="OUT", help="a folder that `compress` made")
+    result.add_argument("--gguf", type=Path, metavar="FILE", help="the same model in Q4_0, for llama.cpp")
+    result.add_argument("--llama-server", metavar="FILE", help="llama.cpp's server")
+    result.add_argument("--dense", type=Path, metavar="DIR", help="the same model, dense, for vLLM")
+    result.add_argument("--vllm-python", metavar="PYTHON", help="a Python that has vLLM")
+    result.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
+    return result
+
+
+def peers(options: argparse.Namespace) -> list[Server]:
+    """The servers to compare with, with as many threads as this machine has cores."""
+    cores, most = len(os.sched_getaffinity(0)), max(STREAMS)
+    found = []
+    if options.llama_server and options.gguf:
+        sizes = ["-np", str(most), "-c", str(most * CONTEXT), "-t", str(cores), "-tb", str(cores)]
+        command = [options.llama_server, "-m", str(options.gguf), "--port", "{port}", *sizes]
+        found.append(Server(LLAMA, command))
+    if options.vllm_python and options.dense:
+        module = [options.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.dense)]
+        sizes = ["--port", "{port}", "--max-model-len", "2048", "--max-num-seqs", str(most), "--dtype", "bfloat16"]
+        found.append(Server(VLLM, [*module, *sizes], {"VLLM_CPU_KVCACHE_SPACE": "1"}))
+    return found
+
+
+def measure_start(packed: Path) -> dict[str, float]:
+    """Seconds to the first token with an empty cache and with a warm one; memory beside the weights, before load."""
+    found = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("cold", "warm"):
+            command = [sys.executable, "-m", "serve", str(packed), "--port", "{port}"]
+            server = Server(PACKED, command, {"HALFWEIGHT_CACHE": cache})
+            found[f"{name}_first_token_s"] = server.start()
+            weights = sum(file.stat().st_size for file in packed.glob("*.safetensors"))
+            found["rss_over_weights_and_kv_mb"] = (server.resident_bytes() - weights) / 1e6
+            server.stop()
+        shutil.rmtree(cache, ignore_errors=True)
+        Path(cache).mkdir()
+    return found
+
+
+def measure(servers: Sequence[Server], rounds: int) -> list[dict[str, Any]]:
+    """One row a server and number of streams: medians over rounds, after one that does not count."""
+    rows = []
+    for streams in STREAMS:
+        rates: dict[str, list[float]] = {server.name: [] for server in servers}
+        gaps: dict[str, list[float]] = {server.name: [] for server in servers}
+        first: dict[str, list[float]] = {server.name: [] for server in servers}
+        spread: dict[str, list[float]] = {server.name: [] for server in servers}
+        for turn in range(rounds + 1):
+            for server in servers:
+                times = asyncio.run(server.ask(streams, OUTPUT, salt=100 * streams + turn))
+                if turn:
+                    rates[server.name].append(streams * OUTPUT / max(stream[-1] for stream in times))
+                    gaps[server.name] += [b - a for stream in times for a, b in pairwise(stream)]
+                    first[server.name] += [stream[0] for stream in times]
+                    ends = [stream[-1] for stream in times]
+                    spread[server.name].append(max(ends) / min(ends))
+        for server in servers:
+            rates_here, gaps_here = rates[server.name], gaps[server.name]
+            row = {
+                "server": server.name,
+                "streams": streams,
+                "tokens_per_s": median(rates_here),
+                "tokens_per_s_range": [min(rates_here), max(rates_here)],
+                "inter_token_ms_median": 1e3 * median(gaps_here),
+                "inter_token_ms_p99": 1e3 * quantiles(gaps_here, n=100)[98],
+                "ttft_ms_median": 1e3 * median(first[server.name]),
+                "slowest_over_fastest_stream": median(spread[server.name]),
+                "rounds": rounds,
+            }
+            rows.append(row)
+            print(
+                f"{server.name:16} {streams:3} streams {row['tokens_per_s']:8.1f} tokens/s "
+                f"({min(rates_here):.0f} to {max(rates_here):.0f})  "
+                f"between tokens {row['inter_token_ms_median']:6.1f} ms, p99 {row['inter_token_ms_p99']:7.1f} ms  first {row['ttft_ms_median']:7.0f} ms  "
+                f"slowest/fastest {row['slowest_over_fastest_stream']:.2f}",
+                flush=True,
+            )
+    return rows
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The headline: ratios of medians; what was not measured is left out."""
+    rates = {(row["server"], row["streams"]): float(row["tokens_per_s"]) for row in rows}
+    found = {}
+    for streams in STREAMS:
+        for name, peer in (("llama_cpp", LLAMA), ("vllm_bf16", VLLM)):
+            if (peer, streams) in rates:
+                found[f"streams{streams}_vs_{name}"] = rates[PACKED, streams] / rates[peer, streams]
+    return found

@@ -1,0 +1,59 @@
+"""Throughput and serving: the engine's process answers with times, servers are asked over HTTP, headlines are ratios."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import serving, throughput
+from benchmarks.step_process import StepProcess, engine_process
+
+
+def test_an_engine_in_its_own_process_answers_with_times(tiny_compressed: Path) -> None:
+    engine = engine_process(tiny_compressed)
+    try:
+        assert len(engine.answer(12, 0)) == 1
+        times = engine.answer(12, 4)
+        assert len(times) == 5 and all(time > 0 for time in times)
+        assert 0 < engine.ask("native 12 8")[0] < 1
+    finally:
+        engine.close()
+
+
+def test_a_process_that_does_not_load_is_named() -> None:
+    with pytest.raises(ValueError, match="the peer could not be loaded; run it by hand: -c print"):
+        StepProcess([sys.executable, "-c", "print('no')"], "the peer")
+
+
+def test_a_server_is_started_and_asked(tiny_compressed: Path) -> None:
+    command = [sys.executable, "-m", "serve", str(tiny_compressed), "--port", "{port}", "--kv-cache-gb", "0.01"]
+    server = serving.Server("tiny", command)
+    try:
+        assert server.start() > 0
+        streams = asyncio.run(server.ask(3, 5, salt=1))
+        assert len(streams) == 3 and all(1 <= len(times) <= 5 and times == sorted(times) for times in streams)
+        assert server.resident_bytes() > 1e7
+    finally:
+        server.stop()
+    with pytest.raises(ValueError, match="gone ended with status 3"):
+        serving.Server("gone", [sys.executable, "-c", "raise SystemExit(3)"]).start()
+
+
+def test_headlines_are_ratios_of_what_was_measured() -> None:
+    rows = [
+        {
+            "model": "SmolLM2-135M",
+            "arm": throughput.PACKED,
+            "decode_tokens_per_s": 180.0,
+            "prefill_tokens_per_s": 1200.0,
+        },
+        {"model": "SmolLM2-135M", "arm": throughput.LLAMA, "decode_tokens_per_s": 90.0, "prefill_tokens_per_s": 300.0},
+    ]
+    found = throughput.summarise(rows)
+    assert found == {"decode_vs_llama_cpp_q4_0": 2.0, "prefill_vs_llama_cpp_q4_0": 4.0}
+    served = [{"server": serving.PACKED, "streams": 8, "tokens_per_s": 300.0}]
+    served += [{"server": serving.LLAMA, "streams": 8, "tokens_per_s": 100.0}]
+    assert serving.summarise(served) == {"streams8_vs_llama_cpp": 3.0}
