@@ -209,8 +209,8 @@ def measure(servers: Sequence[Server], rounds: int) -> list[dict[str, Any]]:
             rows.append(row)
             print(
                 f"{server.name:16} {streams:3} streams {row['tokens_per_s']:8.1f} tokens/s "
-                f"({min(rates_here):.0f} to {max(rates_here):.0f})  "
-                f"between tokens {row['inter_token_ms_median']:6.1f} ms, p99 {row['inter_token_ms_p99']:7.1f} ms  first {row['ttft_ms_median']:7.0f} ms  "
+                f"({min(rates_here):.0f} to {max(rates_here):.0f})  first {row['ttft_ms_median']:7.0f} ms  "
+                f"between {row['inter_token_ms_median']:6.1f} ms, p99 {row['inter_token_ms_p99']:7.1f} ms  "
                 f"slowest/fastest {row['slowest_over_fastest_stream']:.2f}",
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""Throughput and serving: the engine's process answers with times, servers are asked over HTTP, headlines are ratios."""
+"""Throughput and serving: engines answer with times, servers are asked over HTTP, headlines are ratios."""
 
 from __future__ import annotations
 
