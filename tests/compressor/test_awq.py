@@ -7,6 +7,9 @@ import torch
 
 from compressor.awq import apply_awq, check_awq
 from compressor.calibration import weight_of
+from compressor.checkpoint import Checkpoint
+from compressor.cli import main
+from compressor.inspection import verify
 from compressor.masks import check_n_m, n_m_mask
 from compressor.models import block_linears, load_model
 from compressor.pipeline import compress
@@ -65,3 +68,25 @@ def test_what_awq_does_not_know_is_refused() -> None:
     branch = {"ast": {"low_rank": {"segment": 16}}}
     with pytest.raises(RecipeError, match="low-rank"):
         parse_recipe({"sparsity": {}, "retraining": branch, "quantization": {"transform": "awq"}})
+
+
+@pytest.mark.parametrize("transform", ["awq", "null"])
+def test_after_retraining_the_mask_stays(tiny_llama: Path, prose: Path, tmp_path: Path, transform: str) -> None:
+    """As the AST paper does: AWQ on the retrained 2:4 model. Without it, a branch stored in int4."""
+    settings = [
+        "retraining.budget=2ktok",
+        "text.length=64",
+        "retraining.validation_blocks=4",
+        "retraining.loop.batch=8",
+    ]
+    settings += ["sparsity.criterion=magnitude", "quantization.quantizer=rtn", f"text.source={prose}"]
+    recipe, branch = (
+        ("ast-2of4-int4", []) if transform == "awq" else ("ast-slorb-2of4-int4", ["quantization.low_rank=int4"])
+    )
+    flags = [part for entry in [*settings, *branch, f"quantization.transform={transform}"] for part in ("--set", entry)]
+    assert main([str(tiny_llama), "--recipe", recipe, "--out", str(tmp_path / "out"), *flags]) == 0
+    assert verify(tmp_path / "out").sparse == 14
+    scheme = Checkpoint.open(tmp_path / "out").scheme_of("model.layers.0.mlp.up_proj")
+    assert scheme is not None and (scheme.low_rank is None) == (transform == "awq")
+    assert scheme.low_rank is None or scheme.low_rank.dtype == "int4"
+    assert load_model(tmp_path / "out")(torch.arange(9)[None]).logits.isfinite().all()
