@@ -247,11 +247,14 @@ def _dtype(config: Mapping[str, Any]) -> str:
 def _rope(config: Mapping[str, Any]) -> Rope:
     """transformers 5 writes `rope_parameters`; before, `rope_theta` stood beside `rope_scaling`."""
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    parameters.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in ROPE_KINDS:
         raise ValueError(f"unsupported rotary scaling {kind!r}; accepted: {', '.join(ROPE_KINDS)}")
+    if kind == "yarn" and parameters.get("mscale"):
+        raise ValueError("unsupported rotary scaling: yarn with mscale, which only models of other architectures use")
     theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
     return Rope(float(theta), kind, parameters)
 
 
-ROPE_KINDS = ("default", "linear", "llama3")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
