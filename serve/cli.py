@@ -49,7 +49,7 @@ def _run(options: ServeOptions, talks: bool) -> int:
         return chat(options)
     from serve.runtimes import find_runtime
 
-    return find_runtime(options.runtime)(options)
+    return find_runtime(options.runtime)(options, lambda text: print(text, flush=True))
 
 
 def _options(values: dict[str, Any]) -> ServeOptions:
@@ -81,6 +81,8 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("bfloat16", "float32"), help="of activations (bfloat16)")
     add("--threads", type=int, metavar="N", help="threads for computing (all cores)")
     add("--no-prefix-caching", dest="prefix_caching", action="store_false", help="never reuse computed prompts")
+    add("--prompt-lookup", type=int, metavar="N", help="guess up to N tokens from the text before, then verify (0)")
+    add("--deterministic", action="store_true", help="answers never depend on what is computed beside them; slower")
     add("--eager", action="store_true", help="compute every step without capture or compilation, for debugging")
     add("--debug", action="store_true", help="log more, and show tracebacks")
 

@@ -23,6 +23,8 @@ class ServeOptions:
     threads: int | None = None
     prefix_caching: bool = True
     eager: bool = False
+    prompt_lookup: int = 0
+    deterministic: bool = False
     max_queue: int = 512
     max_body_mb: float = 8.0
     request_timeout: float = 600.0

@@ -1,4 +1,4 @@
-"""`serve chat OUT`: a conversation in the terminal, with the engine in this process."""
+"""The command `serve chat OUT`: a conversation in the terminal, with the engine in this process."""
 
 from __future__ import annotations
 

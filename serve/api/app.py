@@ -22,10 +22,11 @@ from serve.api.completions import Completion
 from serve.api.errors import APIError, bad_request, error_body, unavailable
 from serve.api.metrics import CONTENT_TYPE
 from serve.api.parsing import read_body
-from serve.api.state import ClientGoneError, ServerState
+from serve.api.state import GRAMMAR, ClientGoneError, ServerState
 from serve.api.streaming import EventStream
 from serve.engine.async_engine import EngineDeadError
 from serve.engine.async_engine import Request as EngineRequest
+from serve.engine.grammar import GrammarError
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(EngineDeadError)
     async def dead(_: Request, error: Exception) -> Response:
         return unavailable(str(error), "engine_dead").response()
+
+    @app.exception_handler(GrammarError)
+    async def lost(_: Request, error: Exception) -> Response:
+        return bad_request(str(error), "response_format", GRAMMAR).response()
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from serve.api.completions import Answer, Json, finite, usage
@@ -41,7 +42,9 @@ class ChatCompletion:
             raise bad_request(str(error)) from None
 
     async def submit(self) -> Request:
-        return self.state.submit([await self._prompt()], self.params)
+        prompt = await self._prompt()
+        grammar = await self.state.grammar(self.body.json_schema())
+        return self.state.submit([prompt], replace(self.params, grammar=grammar))
 
     async def _prompt(self) -> list[int]:
         body = self.body

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from serve.api.errors import bad_request
@@ -75,7 +75,8 @@ class Completion:
 
     async def submit(self) -> Request:
         self.prompts = await self._encode(self.body.prompt)
-        return self.state.submit(self.prompts, self.params)
+        grammar = await self.state.grammar(self.body.json_schema())
+        return self.state.submit(self.prompts, replace(self.params, grammar=grammar))
 
     async def _encode(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
         if isinstance(prompt, list) and not prompt:

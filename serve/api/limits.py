@@ -26,11 +26,13 @@ class Limits:
         max_body_bytes: of a request's body.
         read_timeout: seconds in which a body must have arrived.
         request_timeout: seconds in which an answer must be complete.
+        compile_timeout: seconds in which a schema must be compiled, waiting for others included.
     """
 
     max_body_bytes: int = 8 * 2**20
     read_timeout: float = 30.0
     request_timeout: float = 600.0
+    compile_timeout: float = 5.0
 
 
 class Gate:

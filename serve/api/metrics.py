@@ -78,6 +78,8 @@ class Metrics:
             ("vllm:num_preemptions_total", "counter", "Preemptions.", engine.scheduler.num_preemptions),
             ("vllm:prefix_cache_queries_total", "counter", "Tokens looked up.", blocks.prefix_queries),
             ("vllm:prefix_cache_hits_total", "counter", "Tokens found.", blocks.prefix_hits),
+            ("vllm:spec_decode_num_draft_tokens_total", "counter", "Tokens guessed ahead.", stats.drafted_tokens),
+            ("vllm:spec_decode_num_accepted_tokens_total", "counter", "Right guesses.", stats.accepted_tokens),
             ("halfweight:engine_steps_total", "counter", "Engine steps.", stats.steps),
             ("halfweight:kv_blocks_used", "gauge", "KV blocks in use.", blocks.num_used),
             ("halfweight:weight_bytes", "gauge", "Bytes of weights in memory.", engine.weight_bytes),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from serve.engine.grammar import ANY_OBJECT
 from serve.engine.sampling_params import MAX_LOGPROBS, MAX_N, SamplingParams
 
 # The served document replaces the bound of such integers by the model's vocabulary.
@@ -30,6 +31,35 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+
+class JsonSchema(Strict):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """Free text; any JSON object; or JSON that a schema accepts."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="ignore",
+        json_schema_extra={
+            "if": {"properties": {"type": {"const": "json_schema"}}},
+            "then": {"required": ["json_schema"], "properties": {"json_schema": {"type": "object"}}},
+        },
+    )
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("type json_schema needs json_schema")
+        return self
 
 
 class SamplingFields(Strict):
@@ -55,6 +85,15 @@ class SamplingFields(Strict):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     user: str | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | None = None
+
+    def json_schema(self) -> dict[str, Any] | None:
+        """What the answer must keep to; `guided_json` is vLLM's older name for it."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return self.guided_json
+        return wanted.json_schema.schema_ if wanted.type == "json_schema" and wanted.json_schema else ANY_OBJECT
 
     def sampling(
         self,
@@ -155,17 +194,12 @@ class Tool(Strict):
     function: FunctionTool
 
 
-class ResponseFormat(Strict):
-    type: Literal["text"]
-
-
 class ChatCompletionRequest(SamplingFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     add_generation_prompt: bool | None = None

@@ -8,7 +8,6 @@ import json
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,7 +72,7 @@ class Server:
     async def _drain(self) -> None:
         """Let open answers finish, for a while; then exit."""
         if self.engine.num_open:
-            print(f"stopping: {self.engine.num_open} answers are finishing; again to stop now", file=sys.stderr)
+            logger.warning("stopping: %d answers are finishing; again to stop now", self.engine.num_open)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.options.shutdown_timeout):
                 while self.engine.num_open and self.engine.alive:

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from serve.api.errors import APIError, bad_request, too_many, unavailable
 from serve.api.limits import Limits
 from serve.api.metrics import Metrics
 from serve.engine.async_engine import AsyncEngine, EngineDeadError, QueueFullError, Request
+from serve.engine.grammar import Grammar, GrammarError
 from serve.engine.sampling_params import SamplingParams
 from serve.engine.tokenizer import Tokenizer
 
@@ -24,6 +26,7 @@ T = TypeVar("T")
 # meanwhile.
 SHORT_TEXT = 4096
 MAX_PROMPTS = 2048
+GRAMMAR = "invalid_schema"
 
 
 class ClientGoneError(Exception):
@@ -39,6 +42,8 @@ class ServerState:
     folder_name: str = ""
     ready: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+    # One thread: however many schemas come at once, the engine keeps its processors.
+    _compiling: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammar"))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -74,6 +79,19 @@ class ServerState:
         if len(text) < SHORT_TEXT:
             return self.tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+
+    async def grammar(self, schema: dict[str, Any] | None) -> Grammar | None:
+        """`schema` compiled, within the limits."""
+        if schema is None:
+            return None
+        compiler = self.engine.engine.grammars
+        work = asyncio.get_running_loop().run_in_executor(self._compiling, compiler.compile, schema)
+        try:
+            return await asyncio.wait_for(work, self.limits.compile_timeout)
+        except TimeoutError:
+            raise bad_request("the schema was not compiled in time; simplify it", "response_format", GRAMMAR) from None
+        except GrammarError as error:
+            raise bad_request(str(error), "response_format", GRAMMAR) from None
 
     def submit(self, prompts: list[list[int]], params: SamplingParams) -> Request:
         """Queue a request, or say as HTTP why not."""

@@ -15,8 +15,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.api.errors import APIError, error_body
-from serve.api.state import ClientGoneError, ServerState
+from serve.api.state import GRAMMAR, ClientGoneError, ServerState
 from serve.engine.async_engine import EngineDeadError
+from serve.engine.grammar import GrammarError
 
 logger = logging.getLogger(__name__)
 
@@ -81,5 +82,7 @@ def _failure(error: Exception) -> Chunk:
         return error.body()
     if isinstance(error, EngineDeadError):
         return error_body(503, str(error), code="engine_dead")
+    if isinstance(error, GrammarError):
+        return error_body(400, str(error), "response_format", GRAMMAR)
     logger.error("a stream failed", exc_info=error)
     return error_body(500, "the server failed while writing this answer", code="internal_error")

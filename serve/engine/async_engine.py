@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+from serve.engine.grammar import GrammarError
 from serve.engine.llm_engine import LLMEngine, StepOutput
 from serve.engine.sampling_params import SamplingParams
 
@@ -116,6 +117,8 @@ class AsyncEngine:
                 item = await request.outputs.get()
                 if isinstance(item, Exception):
                     raise item
+                if item[1].finish_reason == "error":
+                    raise GrammarError(str(item[1].stop_reason))
                 unfinished -= item[1].finish_reason is not None
                 yield item
         finally:

@@ -40,8 +40,8 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def match_prefix(self, seq: Sequence) -> None:
-        """Take over the cached blocks that begin `seq`; at least one token is left to compute."""
+    def match_prefix(self, seq: Sequence, unit: int = 1) -> None:
+        """Take over the cached blocks that begin `seq`, in units of so many; at least one token is left to compute."""
         if not self.prefix_caching or seq.params.prompt_logprobs is not None:
             return
         for index in range((len(seq) - 1) // self.block_size):
@@ -50,6 +50,7 @@ class BlockManager:
                 break
             self._take(block)
             seq.block_table.append(block)
+        self._release(seq, len(seq.block_table) // unit * unit)
         seq.num_computed = seq.num_cached = len(seq.block_table) * self.block_size
 
     def extend(self, seq: Sequence, num_tokens: int) -> bool:
@@ -76,13 +77,17 @@ class BlockManager:
                 self._block_of[digest] = block
 
     def free(self, seq: Sequence) -> None:
+        self._release(seq, 0)
+        seq.num_computed = 0
+
+    def _release(self, seq: Sequence, kept: int) -> None:
+        """Give back all blocks of `seq` but the first `kept`."""
         # Last block first: the beginning of a sequence is the likeliest to be asked for again, so it is reused last.
-        for block in reversed(seq.block_table):
+        for block in reversed(seq.block_table[kept:]):
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
-        del seq.block_table[:]
-        seq.num_computed = 0
+        del seq.block_table[kept:]
 
     def _take(self, block: int) -> None:
         if self._references[block] == 0:

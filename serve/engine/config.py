@@ -26,6 +26,8 @@ class EngineConfig:
             a minute or so; False computes every step eagerly.
         compile_in_background: answer eagerly until the program is made, instead of waiting for it.
         dtype: of activations: `bfloat16` or `float32`.
+        prompt_lookup: tokens guessed ahead from the sequence itself (see `serve.engine.prompt_lookup`); 0: none.
+        deterministic: an answer's bits do not depend on what is computed beside it.
     """
 
     kv_cache_gb: float | None = None
@@ -39,6 +41,8 @@ class EngineConfig:
     compile_in_background: bool = False
     dtype: str = "bfloat16"
     num_threads: int | None = None
+    prompt_lookup: int = 0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_prefill_beside_decode", "block_size"):
@@ -49,10 +53,24 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running sequence computes one token a step"
             )
+        if self.prompt_lookup < 0:
+            raise ValueError(f"prompt_lookup must not be negative, got {self.prompt_lookup}")
+        if self.deterministic:
+            self._check_deterministic()
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
         if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb < 1e6:
             raise ValueError(f"kv_cache_gb must be a positive number of GiB, got {self.kv_cache_gb}")
+
+    def _check_deterministic(self) -> None:
+        """Whole chunks, of whole blocks, beside everything that decodes."""
+        chunk = self.max_prefill_beside_decode
+        if chunk % self.block_size or self.max_num_batched_tokens < self.max_num_seqs + chunk:
+            raise ValueError(
+                f"--deterministic computes prompts in chunks of {chunk} tokens beside {self.max_num_seqs} sequences: "
+                f"max_num_batched_tokens must be at least {self.max_num_seqs + chunk}, and the chunk a multiple of "
+                f"{self.block_size}"
+            )
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ from serve.engine.block_manager import BlockManager
 from serve.engine.compiled import BackgroundCompiler, CompiledStep, can_compile, program_path
 from serve.engine.config import EngineConfig, plan_cache
 from serve.engine.detokenizer import TextStream
+from serve.engine.grammar import GrammarCompiler, GrammarError
 from serve.engine.model_runner import ModelRunner
-from serve.engine.sampler import Sampled, Sampler, logprobs_of
+from serve.engine.prompt_lookup import PromptLookup
+from serve.engine.sampler import Floats, Sampled, Sampler, logprobs_of
 from serve.engine.sampling_params import SamplingParams
 from serve.engine.scheduler import Scheduled, Scheduler
 from serve.engine.sequence import Sequence, Status, TokenLogprobs
@@ -77,6 +79,8 @@ class EngineStats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     step_seconds: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class LLMEngine:
@@ -90,9 +94,18 @@ class LLMEngine:
         )
         self.runner = ModelRunner(loaded.decoder, self.plan)
         self.blocks = BlockManager(self.plan.num_blocks, self.plan.block_size, config.prefix_caching)
-        self.scheduler = Scheduler(
-            self.blocks, config.max_num_seqs, config.max_num_batched_tokens, config.max_prefill_beside_decode
+        self.prompt_lookup = (
+            PromptLookup(config.prompt_lookup, self.plan.max_model_len) if config.prompt_lookup else None
         )
+        self.scheduler = Scheduler(
+            self.blocks,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.max_prefill_beside_decode,
+            self.prompt_lookup,
+            config.max_prefill_beside_decode if config.deterministic else None,
+        )
+        self.grammars = GrammarCompiler(tokenizer, loaded.config.vocab_size, self.eos_token_ids)
         self.sampler = Sampler(self.eos_token_ids)
         self.stats = EngineStats()
         self._compiler: BackgroundCompiler | None = None
@@ -107,14 +120,16 @@ class LLMEngine:
             torch.set_num_threads(config.num_threads)
         folder = Path(folder)
         tokenizer = Tokenizer.from_folder(folder)
-        engine = cls(load_model(folder, config.dtype), tokenizer, config)
-        if config.compile:
+        engine = cls(load_model(folder, config.dtype, config.deterministic), tokenizer, config)
+        if config.compile and not config.deterministic:  # a program that comes later would round elsewhere
             engine._use_program(folder)
         return engine
 
     def _use_program(self, folder: Path) -> None:
         """Exchange the decoder for its compiled program: at once if that is on disk, else when it is made."""
         decoder, size = self.loaded.decoder, self.plan.block_size
+        if decoder.fused is not None:
+            return  # all layers are one operator already
         if not can_compile(decoder):
             logger.info("steps stay uncompiled: not all operators of this model have kernels here")
             return
@@ -131,8 +146,8 @@ class LLMEngine:
 
     @property
     def compiled(self) -> bool:
-        """Whether steps run as a compiled program by now."""
-        return self.runner.forward is not self.loaded.decoder
+        """Whether the layers run as native code by now: as one operator, or as a compiled program."""
+        return self.loaded.decoder.fused is not None or self.runner.forward is not self.loaded.decoder
 
     def close(self) -> None:
         """Stop what still runs in the background."""
@@ -202,12 +217,23 @@ class LLMEngine:
             return []
         hidden = self.runner.run(step)
         self._score_prompts(hidden, step)
-        sampling = [item.seq for item in step if item.samples]
-        sampled = self._sample(hidden, step, sampling)
+        sampling = [item for item in step if item.samples]
+        logits = self.runner.sample_logits(hidden, step).numpy() if sampling else ()
         self.scheduler.commit(step)
-        outputs = [self._advance(seq, choice) for seq, choice in zip(sampling, sampled, strict=True)]
-        self._count(step, sampling, time.perf_counter() - began)
+        outputs = [self._advance(item, row) for item, row in zip(sampling, logits, strict=True) if self._stands(item)]
+        self._count(step, len(outputs), time.perf_counter() - began)
         return outputs
+
+    def _stands(self, item: Scheduled) -> bool:
+        """Whether what was computed for `item` counts: always, unless it is a draft that turned out wrong."""
+        if item.draft is None:
+            return True
+        self.stats.drafted_tokens += 1
+        if not item.confirmed:
+            return False
+        self.stats.accepted_tokens += 1
+        self.scheduler.commit([item])
+        return True
 
     def generate(
         self,
@@ -250,11 +276,6 @@ class LLMEngine:
         if wrong:
             raise ValueError(f"token id {wrong[0]} in logit_bias or stop_token_ids is outside the vocabulary ({vocab})")
 
-    def _sample(self, hidden: Tensor, step: list[Scheduled], sampling: list[Sequence]) -> list[Sampled]:
-        if not sampling:
-            return []
-        return self.sampler(self.runner.sample_logits(hidden, step).numpy(), sampling)
-
     def _score_prompts(self, hidden: Tensor, step: list[Scheduled]) -> None:
         offset = 0
         for item in step:
@@ -270,10 +291,15 @@ class LLMEngine:
                         place += 1
             offset += item.count
 
-    def _advance(self, seq: Sequence, sampled: Sampled) -> StepOutput:
-        """Append the sampled token and decide whether the sequence is finished."""
+    def _advance(self, item: Scheduled, logits_V: Floats) -> StepOutput:
+        """Sample a token, append it, and decide whether the sequence is finished."""
+        seq = item.seq
         if seq.params.max_tokens == 0:  # the prompt was to be scored, nothing more
             return self._output(seq, "", None, "length", None)
+        try:
+            sampled = self.sampler(logits_V, seq)
+        except GrammarError as error:
+            return self._output(seq, "", None, "error", str(error))
         seq.append(sampled.token)
         params, stream = seq.params, self._streams[seq.id]
         ends = sampled.token in params.stop_token_ids or (sampled.token in self.eos_token_ids and not params.ignore_eos)
@@ -288,8 +314,8 @@ class LLMEngine:
             text = stream.push(sampled.token)
             if stream.stopped_by is not None:
                 reason, stop_reason = "stop", stream.stopped_by
-            elif self._is_full(seq):
-                reason = "length"
+            elif sampled.complete or self._is_full(seq):
+                reason = "stop" if sampled.complete else "length"
                 text += stream.finish()
                 if stream.stopped_by is not None:
                     reason, stop_reason = "stop", stream.stopped_by
@@ -324,13 +350,15 @@ class LLMEngine:
         if seq.status is not Status.FINISHED:
             self.scheduler.finish(seq)
         self.sampler.forget(seq)
+        if self.prompt_lookup is not None:
+            self.prompt_lookup.forget(seq)
         self._streams.pop(seq.id, None)
         self._sequences.pop(seq.id, None)
 
-    def _count(self, step: list[Scheduled], sampling: list[Sequence], seconds: float) -> None:
+    def _count(self, step: list[Scheduled], generated: int, seconds: float) -> None:
         self.stats.steps += 1
         self.stats.step_seconds += seconds
-        self.stats.generated_tokens += len(sampling)
+        self.stats.generated_tokens += generated
         for item in step:
             if item.start < item.seq.num_prompt:
                 self.stats.prompt_tokens += min(item.start + item.count, item.seq.num_prompt) - item.start

@@ -42,7 +42,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def sample_logits(self, hidden_TC: Tensor, step: list[Scheduled]) -> Tensor:
-        """Logits [S', V] of the last token of every sequence that samples in this step."""
+        """Logits [S', V] of every item that samples: the last token of a sequence, and each draft after it."""
         rows, end = [], -1
         for item in step:
             end += item.count
@@ -68,7 +68,8 @@ class ModelRunner:
             seq, start, end = item.seq, item.start, item.start + item.count
             tables[i, : len(seq.block_table)] = seq.block_table
             if item.count == 1:
-                token_ids[at], positions[at] = seq.tokens[start], start
+                token_ids[at] = seq.tokens[start] if item.draft is None else item.draft
+                positions[at] = start
                 slots[at] = seq.block_table[start // size] * size + start % size
             else:
                 place = np.arange(start, end)

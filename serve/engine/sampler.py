@@ -1,6 +1,6 @@
 """From logits to the next token of each sequence.
 
-Shapes: S sequences, V vocabulary; logits_SV is float32, in numpy, whose arg-max over a vocabulary is twenty times
+Shapes: V vocabulary; logits_V is float32, in numpy, whose arg-max over a vocabulary is twenty times
 faster than torch's on a CPU. Every random draw comes from the sequence's own generator, and one uniform number picks
 a token by the inverse of the cumulative distribution, so that a seeded request gives the same tokens whatever is
 batched beside it (as far as the logits themselves are the same).
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.engine.grammar import Matcher
 from serve.engine.sequence import Sequence, TokenLogprobs
 
 Floats = NDArray[np.float32]
@@ -28,44 +29,59 @@ NUCLEUS_DEPTH = 8.0
 class Sampled:
     token: int
     logprobs: TokenLogprobs | None = None
+    complete: bool = False  # the grammar allows nothing more
 
 
 class Sampler:
-    """Holds the random generator of each live sequence."""
+    """Holds the random generator of each live sequence, and its way through its grammar."""
 
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self.eos_token_ids = eos_token_ids
         self._generators: dict[int, np.random.Generator] = {}
+        self._matchers: dict[int, Matcher] = {}
 
     def forget(self, seq: Sequence) -> None:
         self._generators.pop(seq.id, None)
+        self._matchers.pop(seq.id, None)
 
-    def __call__(self, logits_SV: Floats, seqs: list[Sequence]) -> list[Sampled]:
-        return [self._one(logits_V, seq) for logits_V, seq in zip(logits_SV, seqs, strict=True)]
-
-    def _one(self, raw_V: Floats, seq: Sequence) -> Sampled:
+    def __call__(self, raw_V: Floats, seq: Sequence) -> Sampled:
+        """The next token of `seq`, which it must get before it is asked for the one after."""
         params = seq.params
         if params.plain_greedy:
             return Sampled(int(raw_V.argmax()))
-        logits_V = self._adjusted(raw_V, seq)
+        matcher = self._matcher(seq)
+        logits_V = self._adjusted(raw_V, seq, matcher)
         if params.greedy:
             token = int(logits_V.argmax())
         else:
             token = self._draw(logits_V if params.temperature == 1.0 else logits_V / params.temperature, seq)
-        return Sampled(token, None if params.logprobs is None else logprobs_of(raw_V, token, params.logprobs))
+        complete = False
+        if matcher is not None:
+            matcher.advance(token)
+            complete = matcher.complete
+        logprobs = None if params.logprobs is None else logprobs_of(raw_V, token, params.logprobs)
+        return Sampled(token, logprobs, complete)
 
-    def _adjusted(self, logits_V: Floats, seq: Sequence) -> Floats:
+    def _matcher(self, seq: Sequence) -> Matcher | None:
+        grammar = seq.params.grammar
+        if grammar is not None and seq.id not in self._matchers:
+            self._matchers[seq.id] = grammar.start()
+        return self._matchers.get(seq.id)
+
+    def _adjusted(self, logits_V: Floats, seq: Sequence, matcher: Matcher | None) -> Floats:
         """Penalties, bias and forbidden tokens; the given logits stay as they are."""
         params = seq.params
         blocked = self.eos_token_ids | params.stop_token_ids if seq.num_generated < params.min_tokens else frozenset()
-        if not (params.has_penalties or params.logit_bias or blocked):
+        if not (params.has_penalties or params.logit_bias or blocked or matcher):
             return logits_V
         logits_V = logits_V.copy()
         if params.has_penalties:
             _penalise(logits_V, seq)
         if params.logit_bias:
             logits_V[list(params.logit_bias.keys())] += np.array(list(params.logit_bias.values()), np.float32)
-        if blocked:
+        if matcher is not None:  # it knows best when the end may come
+            matcher.forbid(logits_V)
+        elif blocked:
             logits_V[list(blocked)] = -math.inf
         return logits_V
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from serve.engine.grammar import Grammar
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -16,7 +20,8 @@ class SamplingParams:
     """Sampling of one request; the defaults are plain sampling at temperature 1.
 
     `temperature=0` is greedy. `top_k=0` and `min_p=0` mean "off". `logprobs=n` asks for the n likeliest tokens beside
-    the chosen one at every step, `prompt_logprobs` for the same over the prompt.
+    the chosen one at every step, `prompt_logprobs` for the same over the prompt. `grammar` (see `GrammarCompiler`)
+    bounds what may be written.
     """
 
     max_tokens: int | None = 16
@@ -38,6 +43,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _between("temperature", self.temperature, 0.0, 100.0)
@@ -78,6 +84,7 @@ class SamplingParams:
             and not self.has_penalties
             and not self.logit_bias
             and self.min_tokens == 0
+            and self.grammar is None
         )
 
 

@@ -7,6 +7,7 @@ that memory never holds more than the model and one linear. No packed weight is 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,15 @@ from compressor.checkpoint import Checkpoint
 from compressor.compressed_linear import CompressedEmbedding, CompressedLinear, PackedModule, tie
 from serve.engine.models.config import ModelConfig, parse_config
 from serve.engine.models.decoder import MLP, Attention, Decoder, DecoderLayer, Norm
-from serve.engine.models.linears import KernelEmbedding, PlainEmbedding, PlainLinear, packed_embedding, packed_linear
+from serve.engine.models.linears import (
+    KernelEmbedding,
+    PlainEmbedding,
+    PlainLinear,
+    SideBySide,
+    fixed_rows,
+    packed_embedding,
+    packed_linear,
+)
 from serve.engine.models.rotary import rotary_table
 from serve.engine.tokenizer import read_json
 
@@ -43,11 +52,11 @@ class LoadedModel:
         return sum(seen.values())
 
 
-def load_model(folder: Path, dtype: str = "bfloat16") -> LoadedModel:
-    """Read `folder`; ValueError says what is wrong with it."""
+def load_model(folder: Path, dtype: str = "bfloat16", deterministic: bool = False) -> LoadedModel:
+    """Read `folder`; ValueError says what is wrong with it. `deterministic`: no token's result depends on others."""
     checkpoint = Checkpoint.open(folder)
     config = parse_config(checkpoint.config)
-    loader = _Loader(checkpoint, config, getattr(torch, dtype))
+    loader = _Loader(checkpoint, config, getattr(torch, dtype), fixed_rows if deterministic else None)
     decoder = loader.decoder().eval()
     checkpoint.close()
     generation = read_json(folder / "generation_config.json")
@@ -70,8 +79,15 @@ def _eos(value: Any, vocab_size: int) -> frozenset[int]:
 
 
 class _Loader:
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        wrap: Callable[[nn.Module], nn.Module] | None,
+    ) -> None:
         self.checkpoint, self.config, self.dtype = checkpoint, config, dtype
+        self.wrap: Callable[[nn.Module], nn.Module] = wrap or (lambda linear: linear)
         self.stored = frozenset(checkpoint.names())
         self.formats: set[str] = set()
         # The hub's GPT-2 and OPT were saved without their head, and so without the outermost name.
@@ -91,11 +107,12 @@ class _Loader:
     def _layer(self, i: int) -> DecoderLayer:
         config, names = self.config, self.config.names
         at = self._name(names.layer.format(i=i))
-        rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        inner = config.intermediate_size * (2 if config.gated_mlp else 1)
-        qkv = self._linear([f"{at}.{q}" for q in names.q], config.hidden_size, rows, config.qkv_bias)
+        heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        rows = [count * config.head_dim for count in heads]
+        inner = [config.intermediate_size] * (2 if config.gated_mlp else 1)
+        qkv = self._linears([f"{at}.{q}" for q in names.q], config.hidden_size, rows, config.qkv_bias)
         o = self._linear([f"{at}.{names.o}"], config.num_heads * config.head_dim, config.hidden_size, config.o_bias)
-        up = self._linear([f"{at}.{up}" for up in names.up], config.hidden_size, inner, config.mlp_bias)
+        up = self._linears([f"{at}.{up}" for up in names.up], config.hidden_size, inner, config.mlp_bias)
         down = self._linear([f"{at}.{names.down}"], config.intermediate_size, config.hidden_size, config.mlp_bias)
         q_norm = self._norm(f"{at}.{names.q_norm}") if config.qk_norm else None
         k_norm = self._norm(f"{at}.{names.k_norm}") if config.qk_norm else None
@@ -116,6 +133,13 @@ class _Loader:
         bias = None if self.config.rms_norm else self._tensor(f"{name}.bias")
         return Norm(self._tensor(f"{name}.weight"), bias, self.config.norm_eps, self.config.rms_norm)
 
+    def _linears(self, names: list[str], in_features: int, sizes: list[int], bias: bool) -> nn.Module:
+        """Linears of the same input: as one where they are stored alike, else side by side."""
+        if len({self.checkpoint.scheme_of(name) for name in names}) == 1:
+            return self._linear(names, in_features, sum(sizes), bias)
+        parts = zip(names, sizes, strict=True)
+        return SideBySide([self._linear([name], in_features, size, bias) for name, size in parts])
+
     def _linear(self, names: list[str], in_features: int, out_features: int, bias: bool) -> nn.Module:
         scheme = self.checkpoint.scheme_of(names[0])
         tensors = self.checkpoint.linear(names)
@@ -126,13 +150,13 @@ class _Loader:
             if self.config.conv1d and names[0] != self.config.names.lm_head:  # GPT-2 stores its linears as [in, out]
                 weight = weight.t()
             weight = self._plain(names[0], weight, (out_features, in_features))
-            return PlainLinear(weight, tensors["bias"].to(self.dtype) if bias else None)
+            return self.wrap(PlainLinear(weight, tensors["bias"].to(self.dtype) if bias else None))
         if bias:
             tensors["bias"] = tensors["bias"].to(getattr(torch, scheme.dtype))
         with torch.device("meta"):
             stored = CompressedLinear(in_features, out_features, scheme, bias=bias)
         self._fill(stored, names[0], tensors)
-        return packed_linear(stored)
+        return self.wrap(packed_linear(stored))
 
     def _embedding(self, name: str) -> nn.Module:
         config, scheme = self.config, self.checkpoint.scheme_of(name)
@@ -157,12 +181,12 @@ class _Loader:
         if not config.tied:
             raise ValueError(f"the checkpoint has no {name}, and config.json does not tie it to the embedding")
         if isinstance(embed, KernelEmbedding | PlainEmbedding):
-            return embed.head()
+            return self.wrap(embed.head())
         assert isinstance(embed, CompressedEmbedding)
         with torch.device("meta"):
             head = CompressedLinear(config.hidden_size, config.vocab_size, embed.scheme)
         tie(head, embed)
-        return head
+        return self.wrap(head)
 
     def _fill(self, module: PackedModule, name: str, tensors: dict[str, Tensor]) -> None:
         try:

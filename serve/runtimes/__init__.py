@@ -1,4 +1,4 @@
-"""What can serve a checkpoint: a name, and where its `serve(options)` lives. Imported only when chosen."""
+"""What can serve a checkpoint: a name, and where its `serve(options, say)` lives. Imported only when chosen."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ RUNTIMES = {
 }
 
 
-def find_runtime(name: str) -> Callable[[ServeOptions], int]:
-    """The `serve` function of a runtime, which returns the exit status."""
+def find_runtime(name: str) -> Callable[[ServeOptions, Callable[[str], None]], int]:
+    """The `serve` function of a runtime, which tells the user what it does and returns the exit status."""
     if name not in RUNTIMES:
         raise ValueError(f"unknown runtime {name!r}; accepted: {', '.join(RUNTIMES)}")
     module, _, function = RUNTIMES[name].partition(":")
-    found: Callable[[ServeOptions], int] = getattr(import_module(module), function)
+    found: Callable[[ServeOptions, Callable[[str], None]], int] = getattr(import_module(module), function)
     return found

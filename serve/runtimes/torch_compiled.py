@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 WEB_MODULES = ("fastapi", "uvicorn", "jinja2.sandbox", "serve.api.schema")
 
 
-def serve(options: ServeOptions) -> int:
-    """Load, test, serve until told to stop; returns the exit status."""
+def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
+    """Load, test, `say` what is served and where, serve until told to stop; returns the exit status."""
     began = time.perf_counter()
     if options.check:
-        return _check(options)
+        say(_check(options))
+        return 0
     with contextlib.closing(_bind(options.host, options.port)) as listener:
         web = threading.Thread(target=lambda: [import_module(name) for name in WEB_MODULES], daemon=True)
         web.start()
@@ -38,7 +40,7 @@ def serve(options: ServeOptions) -> int:
         from serve.api.server import Server
 
         server = Server(engine, options, listener)
-        _print_summary(options, engine, listener, time.perf_counter() - began)
+        say(_summary(options, engine, listener, time.perf_counter() - began))
         return asyncio.run(server.run())
 
 
@@ -56,20 +58,22 @@ def load_engine(options: ServeOptions) -> LLMEngine:
         prefix_caching=options.prefix_caching,
         compile=not options.eager,
         compile_in_background=True,
+        prompt_lookup=options.prompt_lookup,
+        deterministic=options.deterministic,
         dtype=options.dtype,
         num_threads=options.threads,
     )
     return LLMEngine.from_folder(options.folder, config)
 
 
-def _check(options: ServeOptions) -> int:
+def _check(options: ServeOptions) -> str:
     from serve.engine.sampling_params import SamplingParams
 
     engine = load_engine(replace(options, eager=True))
     engine.self_test()
     [output] = engine.generate([[0]], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
-    print(f"{options.model_name}: loaded, {engine.weight_bytes / 1e6:.1f} MB of weights, generated {output.token_ids}")
-    return 0
+    weights = f"{engine.weight_bytes / 1e6:.1f} MB of weights"
+    return f"{options.model_name}: loaded, {weights}, generated {output.token_ids}"
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -85,7 +89,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _print_summary(options: ServeOptions, engine: LLMEngine, listener: socket.socket, seconds: float) -> None:
+def _summary(options: ServeOptions, engine: LLMEngine, listener: socket.socket, seconds: float) -> str:
     from compressor import kernels
 
     host = f"[{options.host}]" if ":" in options.host else options.host
@@ -101,9 +105,8 @@ def _print_summary(options: ServeOptions, engine: LLMEngine, listener: socket.so
         "ready in": f"{seconds:.1f} s",
         "url": url,
     }
-    print("\n".join(f"{name:>9}  {value}" for name, value in lines.items()))
+    table = "\n".join(f"{name:>9}  {value}" for name, value in lines.items())
     key = ' -H "Authorization: Bearer $HALFWEIGHT_API_KEY"' if options.api_key else ""
     body = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}'
-    print(
-        f"\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'\n", flush=True
-    )
+    ask = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'"
+    return f"{table}\n\n  {ask}\n"

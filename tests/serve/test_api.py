@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -254,12 +255,40 @@ def test_bad_completion_bodies_get_400(engine: LLMEngine) -> None:
         {"max_completion_tokens": 0},
         {"tool_choice": "required"},
         {"continue_final_message": True},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}},
         {"model": 5},
     ],
 )
 def test_bad_chat_bodies_get_400(engine: LLMEngine, change: dict[str, Any]) -> None:
     assert_error(ask(engine, "/v1/chat/completions", CHAT | change), 400)
+
+
+def test_answers_keep_to_a_schema(engine: LLMEngine) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "flag", "schema": schema, "strict": True}}
+    body = CHAT | {"max_tokens": 60, "response_format": wanted}
+    whole = ask(engine, "/v1/chat/completions", body).json()["choices"][0]
+    assert whole["finish_reason"] == "stop"
+    assert isinstance(json.loads(whole["message"]["content"])["a"], bool)
+    parts = chunks_of(ask(engine, "/v1/chat/completions", body | {"stream": True}))
+    assert "".join(part["choices"][0]["delta"].get("content", "") for part in parts) == whole["message"]["content"]
+    plain = TEXT | {"max_tokens": 60, "guided_json": schema}
+    assert set(json.loads(ask(engine, "/v1/completions", plain).json()["choices"][0]["text"])) == {"a"}
+    start = ask(engine, "/v1/chat/completions", CHAT | {"response_format": {"type": "json_object"}}).json()
+    assert start["choices"][0]["message"]["content"].startswith("{")
+
+
+def test_schema_that_takes_too_long_to_compile_is_400(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.grammars, "compile", lambda _: time.sleep(0.5))
+    body = CHAT | {"response_format": {"type": "json_object"}}
+    assert_error(ask(engine, "/v1/chat/completions", body, compile_timeout=0.05), 400, "invalid_schema")
 
 
 def test_content_parts_are_joined(engine: LLMEngine) -> None:

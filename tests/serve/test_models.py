@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressor.formats import make_format
+from compressor.quantizers import rtn
+from compressor.scheme import QuantizationConfig, Scheme
 from serve.engine.llm_engine import LLMEngine, NotFiniteError
 from serve.engine.models.config import ARCHITECTURES, Rope, parse_config
 from serve.engine.models.rotary import rotary_table
@@ -80,25 +83,31 @@ def test_hub_names_without_prefix(tiny_folder: Folder, tmp_path: Path) -> None:
     assert torch.equal(engine_logits(bare, PROMPT), engine_logits(whole, PROMPT))
 
 
-def test_llama3_rotary_equals_transformers() -> None:
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "yarn", "factor": 8.0},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16, "beta_slow": 2, "attention_factor": 0.9},
+    ],
+    ids=lambda parameters: parameters["rope_type"],
+)
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+def test_rotary_scaling_equals_transformers(parameters: dict[str, float], theta: float) -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 256,
-    }
+    parameters = parameters | {"rope_theta": theta, "original_max_position_embeddings": 256}
     config = LlamaConfig(
         hidden_size=64, num_attention_heads=1, max_position_embeddings=2048, rope_parameters=parameters
     )
-    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    table = rotary_table(Rope(500000.0, "llama3", parameters), 64, 2048)
+    kind = str(parameters["rope_type"])
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    table = rotary_table(Rope(theta, kind, parameters), 64, 2048)
     expected = torch.outer(torch.arange(2048.0), frequencies)
-    torch.testing.assert_close(table, torch.cat((expected.cos(), expected.sin()), -1), atol=5e-4, rtol=0)
+    torch.testing.assert_close(table, torch.cat((expected.cos(), expected.sin()), -1) * scale, atol=5e-4, rtol=0)
 
 
 def test_unknown_architecture_lists_what_is_served() -> None:
@@ -111,7 +120,7 @@ def test_unknown_architecture_lists_what_is_served() -> None:
     ("change", "message"),
     [
         ({"hidden_act": "relu6"}, "activation"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary scaling"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rotary scaling"),
         ({"hidden_size": None}, "hidden_size"),
     ],
 )
@@ -129,6 +138,34 @@ def test_wrong_sizes_are_refused(tiny_folder: Folder, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"config\.json"):
         LLMEngine.from_folder(folder, kv_cache_gb=0.01, compile=False)
+
+
+def test_layers_stored_differently_side_by_side(tiny_folder: Folder, tmp_path: Path) -> None:
+    """k packed and q and v plain, gate packed and up plain: the same as the model with the unpacked weights."""
+    from safetensors.torch import load_file, save_file
+
+    scheme = Scheme("int8", 32)
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    for folder in (packed, plain):
+        shutil.copytree(tiny_folder("llama"), folder)
+    stored = load_file(packed / "model.safetensors")
+    unpacked = dict(stored)
+    names = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.k_proj", "mlp.gate_proj")]
+    for name in names:
+        tensors = make_format(scheme).pack(rtn(stored.pop(f"{name}.weight"), None, scheme))
+        unpacked[f"{name}.weight"] = make_format(scheme).unpack(tensors).float()
+        stored |= {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+    save_file(stored, packed / "model.safetensors")
+    save_file(unpacked, plain / "model.safetensors")
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = QuantizationConfig.from_schemes(dict.fromkeys(names, scheme)).to_dict()
+    (packed / "config.json").write_text(json.dumps(config))
+    engine, exact = (
+        LLMEngine.from_folder(folder, dtype="float32", kv_cache_gb=0.01, compile=False) for folder in (packed, plain)
+    )
+    assert engine.loaded.formats == ("dense", "int8")
+    expected = engine_logits(exact, PROMPT)
+    assert (engine_logits(engine, PROMPT) - expected).norm() < 0.03 * expected.norm()
 
 
 def test_missing_weight_and_tokenizer_are_refused(tiny_folder: Folder, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
 def draw(params: SamplingParams, count: int = 1, prompt: tuple[int, ...] = (0,)) -> list[int]:
     sampler, seq, tokens = Sampler(frozenset({4})), Sequence(list(prompt), params), []
     for _ in range(count):
-        tokens.append(sampler(LOGITS[None].copy(), [seq])[0].token)
+        tokens.append(sampler(LOGITS.copy(), seq).token)
     return tokens
 
 
@@ -43,9 +43,8 @@ def test_seed_repeats_and_differs_between_answers() -> None:
     assert draw(params, count=50) == draw(params, count=50)
     assert draw(params, count=50) != draw(SamplingParams(seed=8), count=50)
     sampler = Sampler(frozenset())
-    rows = np.stack([LOGITS, LOGITS])
     pair = [Sequence([0], params, index) for index in (0, 1)]
-    drawn = [[s.token for s in sampler(rows, pair)] for _ in range(50)]
+    drawn = [[sampler(LOGITS, seq).token for seq in pair] for _ in range(50)]
     assert [a for a, _ in drawn] == draw(params, count=50) != [b for _, b in drawn]
 
 
@@ -94,13 +93,13 @@ def test_penalties() -> None:
     seq = Sequence([3], SamplingParams(temperature=0.0, frequency_penalty=2.0))
     chosen = []
     for _ in range(4):
-        chosen.append(sampler(LOGITS[None].copy(), [seq])[0].token)
+        chosen.append(sampler(LOGITS.copy(), seq).token)
         seq.append(chosen[-1])
     assert chosen == [1, 3, 4, 2]  # the prompt's 3 is not penalised, generated tokens are
     assert draw(SamplingParams(temperature=0.0, repetition_penalty=3.0), prompt=(1, 3))[0] == 4
     seq = Sequence([0], SamplingParams(temperature=0.0, presence_penalty=1.0))
     seq.append(1)
-    assert sampler(LOGITS[None].copy(), [seq])[0].token == 3
+    assert sampler(LOGITS.copy(), seq).token == 3
 
 
 def test_bias_and_least_length() -> None:
@@ -111,10 +110,10 @@ def test_bias_and_least_length() -> None:
 
 
 def test_logits_are_left_as_they_are() -> None:
-    logits = LOGITS[None].copy()
+    logits = LOGITS.copy()
     params = SamplingParams(logit_bias={1: -5.0}, repetition_penalty=2.0, temperature=0.7, logprobs=2)
-    Sampler(frozenset())(logits, [Sequence([1], params)])
-    assert np.array_equal(logits[0], LOGITS)
+    Sampler(frozenset())(logits, Sequence([1], params))
+    assert np.array_equal(logits, LOGITS)
 
 
 def test_logprobs_are_the_model_own() -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -215,6 +216,40 @@ def test_api_key_and_model_name(tiny_folder: Folder) -> None:
         with pytest.raises(openai.AuthenticationError):
             client(url).models.list()
         assert client(url, api_key="sesame").models.list().data[0].id == "story"
+
+
+def test_https(tiny_folder: Folder, tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    )
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    with server(tiny_folder("llama"), "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)) as (url, _):
+        assert url.startswith("https://")
+        context = ssl.create_default_context(cafile=certificate)
+        assert httpx.get(f"{url}/health", verify=context).json() == {"status": "ok"}
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(url.replace("https", "http") + "/health")
+
+
+def test_curl_streams(url: str) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 8, "stream": True, "ignore_eos": True}
+    command = ["curl", "-sN", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", "@-"]
+    result = subprocess.run(command, input=json.dumps(body), capture_output=True, text=True, timeout=30, check=True)
+    events = [line for line in result.stdout.split("\n\n") if line]
+    assert all(event.startswith("data: ") for event in events)
+    assert events[-1] == "data: [DONE]"
+
+
+def test_guided_and_guessed_answers_through_openai(tiny_folder: Folder) -> None:
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema | {"additionalProperties": False}}}
+    with server(tiny_folder("llama"), "--prompt-lookup", "4", "--deterministic") as (url, _):
+        api = client(url)
+        answer = api.chat.completions.create(model="", messages=MESSAGES, max_tokens=60, response_format=wanted)
+        assert set(json.loads(answer.choices[0].message.content or "")) == {"ok"}
+        api.completions.create(model="", prompt="again and again " * 8, max_tokens=60, **GREEDY)
+        assert gauge(url, "vllm:spec_decode_num_draft_tokens_total") > 0
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

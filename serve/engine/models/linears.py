@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from compressor.compressed_linear import CompressedEmbedding, CompressedLinear
 from compressor.kernels import blob, low_rank
 
+FIXED_ROWS = 16
+
 
 class KernelLinear(nn.Module):
     """`y = x W^T + S (sums of x) + b` by one operator; `weight` and `low_rank` are in the kernel's layout."""
@@ -63,6 +65,39 @@ class PlainLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+
+class FixedRows(nn.Module):
+    """A linear that always computes FIXED_ROWS tokens at once, the last of them padding.
+
+    Matrix products choose how to sum by the number of tokens; with a fixed one, a token's result does not depend on
+    how many others came with it. Packed linears without a low-rank branch need none of this.
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (0, 0, 0, -x.shape[0] % FIXED_ROWS))
+        return torch.cat([self.linear(part) for part in padded.split(FIXED_ROWS)])[: x.shape[0]]
+
+
+def fixed_rows(linear: nn.Module) -> nn.Module:
+    """`linear` such that a token's result depends on that token alone."""
+    exact = isinstance(linear, KernelLinear) and linear.low_rank is None
+    return linear if exact else FixedRows(linear)
+
+
+class SideBySide(nn.Module):
+    """Linears of one input whose formats differ, so that they cannot be one: q, k and v, or gate and up."""
+
+    def __init__(self, linears: list[nn.Module]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([linear(x) for linear in self.linears], dim=-1)
 
 
 class PlainEmbedding(nn.Module):
