@@ -16,6 +16,7 @@ BENCHMARKS = {
     "kernels": ("benchmarks.kernels", "time and bandwidth of each kernel, per shape and batch, against dense"),
     "throughput": ("benchmarks.throughput", "one stream: prefill and decode against llama.cpp and dense bf16"),
     "serving": ("benchmarks.serving", "many streams over HTTP against other servers; start and memory"),
+    "flood": ("benchmarks.flood", "hundreds of clients at once, a third hanging up: errors, leaks, memory"),
     "exports": ("benchmarks.exports", "each export in its real consumer, against the dense export in the same one"),
     "packing": ("benchmarks.packing", "memory and time of packing a model of a billion weights without holding it"),
     "demo": ("benchmarks.demo", "the whole story on SmolLM2-135M-Instruct: compress, serve, ask, compare"),
