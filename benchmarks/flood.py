@@ -174,7 +174,7 @@ def main(argv: list[str]) -> int:
     )
     options: argparse.Namespace = flags.parse_args(argv)
     seconds = 30.0 if options.quick else 60 * options.minutes
-    # A small cache is in use as a whole within seconds, so that what memory does afterwards is not the cache's.
+    # Pages of the cache count once they are used: with a small one, what memory does later is not the cache's.
     given = ["--max-queue", str(options.max_queue), "--kv-cache-gb", "0.2", "--max-model-len", "512"]
     with served(options.model, given) as (port, pid):
         state, figures = asyncio.run(flood(port, pid, options.clients, seconds))
