@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressor.checkpoint import write_manifest
 from compressor.formats import make_format
 from compressor.quantizers import rtn
 from compressor.scheme import QuantizationConfig, Scheme
@@ -160,6 +161,7 @@ def test_layers_stored_differently_side_by_side(tiny_folder: Folder, tmp_path: P
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"] = QuantizationConfig.from_schemes(dict.fromkeys(names, scheme)).to_dict()
     (packed / "config.json").write_text(json.dumps(config))
+    write_manifest(packed)
     engine, exact = (
         LLMEngine.from_folder(folder, dtype="float32", kv_cache_gb=0.01, compile=False) for folder in (packed, plain)
     )
