@@ -6,7 +6,7 @@
 namespace halfweight {
 namespace {
 
-constexpr int kSplitKeys = 128;   // of a decode step: lets several threads share one sequence evenly
+constexpr int kSplitKeys = 64;    // of a decode step: lets several threads share one sequence evenly
 constexpr int kSplitQueries = 4;  // with more queries there is work enough without splitting keys
 
 void check(const Attention& a, int sequences, int64_t tokens, int64_t blocks) {
