@@ -12,7 +12,7 @@ namespace halfweight {
 namespace {
 
 bool concurrent_pieces = false;
-constexpr int kSpins = 20000;  // some 100 us; then whoever is needed may be waiting for this processor
+constexpr int kSpins = 2000;  // some 100 us; then whoever is needed may be waiting for this processor
 
 int processors() {
   cpu_set_t set;
