@@ -20,6 +20,7 @@ from benchmarks.geometries import TINYLLAMA
 from benchmarks.llama_cpp import LLAMA, find_python, llama_process, write_gguf
 from benchmarks.record import make_record, parser, write_record
 from benchmarks.step_process import StepProcess, engine_process
+from compressor.checkpoint import write_manifest
 
 PACKED, DENSE, SLORB = "halfweight sparse24_int4", "halfweight dense bf16", "halfweight sparse24_int4 + SLoRB"
 PREFILL, PROMPT, OUTPUT = 512, 128, 128
@@ -76,6 +77,7 @@ def large_arms(options: argparse.Namespace, python: str | None, folder: Path, st
     shutil.copytree(options.one_b, model, symlinks=False)
     for file in options.packed.glob("tokenizer*"):
         shutil.copy(file, model)
+    write_manifest(model)
     arms = {PACKED: engine_process(model)}
     if python:
         gguf = folder / "one-b.gguf"
