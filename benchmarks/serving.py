@@ -41,6 +41,7 @@ class Server:
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    words: int = PROMPT_WORDS
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
 
@@ -60,7 +61,7 @@ class Server:
             try:
                 asyncio.run(self.ask(1, 1, salt=0))
                 return time.monotonic() - began
-            except (httpx.HTTPError, ValueError):
+            except httpx.HTTPError:  # not up yet
                 time.sleep(0.05)
         raise ValueError(f"{self.name} did not answer within 300 s: {' '.join(command)}")
 
@@ -80,7 +81,7 @@ class Server:
             )
 
     async def _stream(self, client: httpx.AsyncClient, model: str, tokens: int, seed: int, start: float) -> list[float]:
-        words = [WORDS[(seed * 7 + i * (1 + seed % 5)) % len(WORDS)] for i in range(PROMPT_WORDS)]
+        words = [WORDS[(seed * 7 + i * (1 + seed % 5)) % len(WORDS)] for i in range(self.words)]
         body = {
             "model": model,
             "prompt": f"{seed} " + " ".join(words),
@@ -91,6 +92,8 @@ class Server:
         }
         times: list[float] = []
         async with client.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code >= 500:
+                response.raise_for_status()
             if response.status_code != 200:
                 raise ValueError(f"{self.name} answered {response.status_code}: {(await response.aread())[:200]!r}")
             async for line in response.aiter_lines():

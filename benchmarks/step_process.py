@@ -29,6 +29,7 @@ class StepProcess:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         if self._line() != "ready":
+            self.close()
             raise ValueError(f"{name} could not be loaded; run it by hand: {' '.join(command[-2:])}")
 
     def _line(self) -> str:
@@ -52,7 +53,7 @@ class StepProcess:
     def close(self) -> None:
         """Ends the process."""
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
 def engine_process(folder: Path) -> StepProcess:

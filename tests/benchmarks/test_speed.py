@@ -30,7 +30,7 @@ def test_a_process_that_does_not_load_is_named() -> None:
 
 def test_a_server_is_started_and_asked(tiny_compressed: Path) -> None:
     command = [sys.executable, "-m", "serve", str(tiny_compressed), "--port", "{port}", "--kv-cache-gb", "0.01"]
-    server = serving.Server("tiny", command)
+    server = serving.Server("tiny", command, words=4)
     try:
         assert server.start() > 0
         streams = asyncio.run(server.ask(3, 5, salt=1))
