@@ -79,12 +79,7 @@ def _write(file: Path | None, argv: Sequence[str], rows: Sequence[Mapping[str, A
     """Writes the record; the headline counts the consumers' layouts that said the same tokens."""
     agreed = {(row["consumer"], row["export"]) for row in rows if row.get("agreement", 0.0) >= SAME}
     if file:
-        write_record(file, make_record("exports", _public(argv), rows, {"exports_same_tokens": len(agreed)}))
-
-
-def _public(argv: Sequence[str]) -> list[str]:
-    """The command without the folders of this machine."""
-    return [Path(part).name if "/" in part else part for part in argv]
+        write_record(file, make_record("exports", argv, rows, {"exports_same_tokens": len(agreed)}))
 
 
 def _sentence(row: Mapping[str, Any]) -> str:

@@ -72,8 +72,7 @@ def main(argv: Sequence[str]) -> int:
         f"{row['peak_above_imports_bytes'] / 1e6:.0f} MB, {headline['pack_peak_rss_share']:.1%} of the dense model"
     )
     if options.json:
-        public = [Path(part).name if "/" in part else part for part in argv]
-        write_record(options.json, make_record("packing", public, [row], headline, geometry=geometry))
+        write_record(options.json, make_record("packing", argv, [row], headline, geometry=geometry))
         print(f"wrote {options.json}")
     return 0
 

@@ -103,10 +103,9 @@ def main(argv: Sequence[str]) -> int:
 def _write(options: Any, argv: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     if not options.json:
         return
-    public = [Path(part).name if "/" in part else part for part in argv]
     settings = {"window": options.window, "tokens": options.tokens, "model": Path(options.model).name}
     quoted = _quoted(options.exports, "exports") | _quoted(options.packing, "packing")
-    write_record(options.json, make_record("quality", public, rows, _headline(rows) | quoted, settings=settings))
+    write_record(options.json, make_record("quality", argv, rows, _headline(rows) | quoted, settings=settings))
 
 
 def _quoted(file: Path | None, name: str) -> dict[str, float]:

@@ -40,7 +40,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
 def make_record(
     name: str, argv: Sequence[str], rows: Sequence[Mapping[str, Any]], headline: Mapping[str, float], **more: Any
 ) -> dict[str, Any]:
-    """The record of one run.
+    """The record of one run. Of an absolute path in `argv` only the name is kept: it is this machine's business.
 
     Raises:
         ValueError: a headline entry is not a plain finite number.
@@ -51,13 +51,17 @@ def make_record(
     return {
         "name": name,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(["python", "-m", "benchmarks", name, *argv]),
+        "command": shlex.join(["python", "-m", "benchmarks", name, *map(_public, argv)]),
         "machine": machine(),
         "versions": versions(),
         **more,
         "rows": list(rows),
         "headline": dict(headline),
     }
+
+
+def _public(argument: str) -> str:
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

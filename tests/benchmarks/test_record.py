@@ -40,3 +40,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_bandwidth_counts_the_bytes_that_were_read() -> None:
     assert 1e8 < read_bandwidth(1 << 24) < 1e13
     assert last_level_cache() is None or last_level_cache() >= 1 << 15  # type: ignore[operator]
+
+
+def test_paths_of_this_machine_stay_here() -> None:
+    record = make_record("serving", ["demo/model", "--gguf", "/home/me/model.gguf"], [], {})
+    assert record["command"] == "python -m benchmarks serving demo/model --gguf model.gguf"
