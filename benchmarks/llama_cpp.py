@@ -5,6 +5,7 @@ It is reached through llama-cpp-python's low-level functions; `LLAMA_CPP_LIB_PAT
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,8 @@ def random_q4_0(rows: int, columns: int) -> np.ndarray[Any, Any]:
 
 def find_python(python: str | None) -> str | None:
     """A Python that has llama_cpp, or None with a line that says why."""
+    if python and shutil.which(python) is None:
+        raise ValueError(f"--llama-python {python}: no such program; give a Python that has llama-cpp-python")
     python = python or sys.executable
     probe = subprocess.run(
         [python, "-c", "import importlib.util as u; assert u.find_spec('llama_cpp')"], capture_output=True

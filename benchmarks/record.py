@@ -64,6 +64,17 @@ def _public(argument: str) -> str:
     return Path(argument).name if argument.startswith("/") else argument
 
 
+def finish(
+    name: str, argv: Sequence[str], rows: Sequence[Mapping[str, Any]], headline: Mapping[str, float], file: Path | None
+) -> None:
+    """Prints the headline, and writes the record where a file is given."""
+    for key, value in headline.items():
+        print(f"{key:34} {value:.3f}")
+    if file:
+        write_record(file, make_record(name, argv, rows, headline))
+        print(f"wrote {file}")
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Writes the record so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

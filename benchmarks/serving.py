@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.record import make_record, parser, write_record
+from benchmarks.record import finish, parser
 
 PACKED, LLAMA, VLLM = "halfweight", "llama.cpp Q4_0", "vLLM bf16"
 STREAMS = (1, 8, 32)
@@ -127,11 +127,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{server.name}: first token after {server.start():.1f} s", flush=True)
         rows = measure(servers, rounds)
     headline |= summarise(rows)
-    for name, value in headline.items():
-        print(f"{name:30} {value:.3f}")
-    if options.json:
-        write_record(options.json, make_record("serving", argv, rows, headline))
-        print(f"wrote {options.json}")
+    finish("serving", argv, rows, headline, options.json)
     return 0
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -25,12 +26,15 @@ class StepProcess:
 
     def __init__(self, command: Sequence[str], name: str) -> None:
         self._name = name
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        if self._line() != "ready":
-            self.close()
-            raise ValueError(f"{name} could not be loaded; run it by hand: {' '.join(command[-2:])}")
+        with tempfile.TemporaryFile("w+") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+            if self._line() != "ready":
+                self.close()
+                errors.seek(0)
+                last = (errors.read().strip() or "it said nothing").splitlines()[-1]
+                raise ValueError(f"{name} could not be loaded: {last}")
 
     def _line(self) -> str:
         assert self._process.stdout is not None

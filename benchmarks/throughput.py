@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.geometries import TINYLLAMA
 from benchmarks.llama_cpp import LLAMA, find_python, llama_process, write_gguf
-from benchmarks.record import make_record, parser, write_record
+from benchmarks.record import finish, parser
 from benchmarks.step_process import StepProcess, engine_process
 from compressor.checkpoint import write_manifest
 
@@ -49,11 +49,7 @@ def main(argv: Sequence[str]) -> int:
         if options.one_b:
             rows += measure("TinyLlama-1.1B", large_arms(options, python, Path(folder), stack), max(2, rounds // 2))
     headline = summarise(rows) | {"python_share_of_step": share}
-    for name, value in headline.items():
-        print(f"{name:34} {value:.3f}")
-    if options.json:
-        write_record(options.json, make_record("throughput", argv, rows, headline))
-        print(f"wrote {options.json}")
+    finish("throughput", argv, rows, headline, options.json)
     return 0
 
 

@@ -24,8 +24,10 @@ def test_an_engine_in_its_own_process_answers_with_times(tiny_compressed: Path) 
 
 
 def test_a_process_that_does_not_load_is_named() -> None:
-    with pytest.raises(ValueError, match="the peer could not be loaded; run it by hand: -c print"):
+    with pytest.raises(ValueError, match="the peer could not be loaded: it said nothing"):
         StepProcess([sys.executable, "-c", "print('no')"], "the peer")
+    with pytest.raises(ValueError, match="the peer could not be loaded: no such model"):
+        StepProcess([sys.executable, "-c", "raise SystemExit('no such model')"], "the peer")
 
 
 def test_a_server_is_started_and_asked(tiny_compressed: Path) -> None:
