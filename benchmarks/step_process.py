@@ -66,19 +66,17 @@ def engine_process(folder: Path) -> StepProcess:
 
 
 class _Clock:
-    """Adds up the time within functions."""
+    """The seconds of every call of a function."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.seconds: list[float] = []
 
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*arguments)
-            self.seconds += time.perf_counter() - start
-            return result
-
-        return timed
+    def __call__(self, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = self.function(*arguments)
+        self.seconds.append(time.perf_counter() - start)
+        return result
 
 
 def main(arguments: list[str]) -> int:
@@ -93,17 +91,13 @@ def main(arguments: list[str]) -> int:
             times = answer(engine, int(prompt), int(tokens) + 1).token_times
             print(times[0], *[b - a for a, b in pairwise(times)], flush=True)
             continue
-        runner, model, clock = engine.runner, engine.loaded.decoder, _Clock()
-        answer(engine, int(prompt), 1)
-        inside, head = runner.forward, model.logits
-        runner.forward, model.logits = clock(inside), clock(head)  # type: ignore[method-assign]
-        first = answer(engine, int(prompt), 1)
-        prompt_seconds, before = clock.seconds, engine.stats.step_seconds
-        clock.seconds = 0.0
-        answer(engine, int(prompt), int(tokens) + 1)
-        steps = engine.stats.step_seconds - before - first.time_to_first_token
-        print(1 - (clock.seconds - prompt_seconds) / steps, flush=True)
-        runner.forward, model.logits = inside, head  # type: ignore[method-assign]
+        runner, model, count = engine.runner, engine.loaded.decoder, int(tokens)
+        layers, head = _Clock(runner.forward), _Clock(model.logits)
+        runner.forward, model.logits = layers, head  # type: ignore[assignment]
+        times = answer(engine, int(prompt), count + 1).token_times
+        inside = sum(layers.seconds[-count:]) + sum(head.seconds[-count:])
+        print(1 - inside / (times[-1] - times[0]), flush=True)
+        runner.forward, model.logits = layers.function, head.function  # type: ignore[method-assign]
     return 0
 
 
