@@ -35,7 +35,7 @@ from compressor.output import OutputFolder
 from compressor.preflight import Plan, check
 from compressor.quantizers import NEED_HESSIAN, QUANTIZERS, rtn, snap
 from compressor.recipe import Recipe, parse_budget
-from compressor.retraining import text_loss
+from compressor.retraining import TextDistillation, text_loss
 from compressor.scheme import QuantizationConfig, Scheme
 from compressor.solvers import SOLVERS, by_input, prune_blocks
 
@@ -175,10 +175,9 @@ def retrain(
     report("evaluate", 1, 1, {"dense loss": dense_loss})
     outcome = retraining.retrain(
         sparse.model,
-        teacher,
+        TextDistillation(tokens, teacher, kl_weight=settings.loop.kl_weight, temperature=settings.loop.temperature),
         linears,
         sparse.masks,
-        tokens,
         parse_budget(settings.budget),
         loop=settings.loop,
         settings=settings.ast,

@@ -25,11 +25,12 @@ from compressor.retraining.loop import (
     compute_dtype,
     identity_of,
     plain_attention,
-    plan_for,
 )
+from compressor.retraining.objective import Objective
 from compressor.retraining.optimizers import AdamSettings
-from compressor.retraining.schedules import Budget
+from compressor.retraining.schedules import Budget, Plan
 from compressor.retraining.snapshots import Snapshots
+from compressor.retraining.text import TextDistillation
 
 __all__ = [
     "METHODS",
@@ -38,7 +39,9 @@ __all__ = [
     "LoopSettings",
     "LowRankSettings",
     "NonFiniteError",
+    "Objective",
     "RetrainingReport",
+    "TextDistillation",
     "retrain",
     "text_loss",
 ]
@@ -65,10 +68,9 @@ class RetrainingReport:
 
 def retrain(
     model: nn.Module,
-    teacher: nn.Module | None,
+    objective: Objective,
     linears: Mapping[str, nn.Module],
     masks: Mapping[str, Tensor],
-    tokens: Tensor,
     budget: Budget,
     *,
     loop: LoopSettings,
@@ -82,40 +84,36 @@ def retrain(
     """Retrain `model` in place from one-shot masks; it ends hard-pruned, in the dtype it came in.
 
     Args:
-        teacher: the dense model, needed when loop.kl_weight is above 0.
+        objective: what is trained on, for example TextDistillation.
         linears: the sparse linears by name; `masks` [O, I] under the same names.
-        tokens: text blocks [N, L] to train on; `validation` [n, L] is only measured.
+        validation: text blocks [n, L] that are only measured.
         work_dir: where snapshots and metrics.jsonl are kept, so that a killed run goes on; None keeps nothing.
         snap: the packed grid of a linear's values, for loop.quantize_share.
         progress: called after every step with the step, the total and the step's metrics.
     """
-    _check(linears, masks, tokens, teacher, loop, method)
+    _check(linears, masks, method)
     device = next(model.parameters()).device
     before, dtype = next(model.parameters()).dtype, compute_dtype(loop.precision, device)
     record = {"loop": asdict(loop), "settings": asdict(settings), "method": method, "budget": asdict(budget)}
     snapshots = None
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)
-        identity = identity_of(model, masks, tokens, record)
+        identity = identity_of(model, masks, objective, record)
         snapshots = Snapshots(work_dir / "snapshots", identity, loop.keep_checkpoints)
-    adam = AdamSettings(loop.beta1, loop.beta2, loop.eps, loop.weight_decay, settings.form)
+    adam = AdamSettings(loop.beta1, loop.beta2, loop.eps, loop.weight_decay)
     dense = _dense_parameters(model, linears, loop.train)
     model.eval().requires_grad_(False)
     trainer = METHODS[method](linears, masks, dense, settings, adam, dtype, snap)
     _cast(model, dtype)
     for entry in trainer.trained:
         entry.parameter.requires_grad_(True)
-    if loop.kl_weight == 0:
-        teacher = None
-    if teacher is not None:
-        _cast(teacher.eval().requires_grad_(False), dtype)
+    objective.prepare(model, dtype)
     run = Run(
         model,
-        teacher,
+        objective,
         trainer,
-        tokens,
         loop,
-        plan_for(budget, loop, tokens.shape[1]),
+        Plan(budget, loop.batch * objective.tokens),
         snapshots,
         None if work_dir is None else work_dir / "metrics.jsonl",
         progress,
@@ -125,7 +123,7 @@ def retrain(
 
 def _run(run: Run, trainer: Ast, dtype: torch.dtype, validation: Tensor | None) -> RetrainingReport:
     started = time.monotonic()
-    with plain_attention(run.model, run.tokens_NL.shape[1]):
+    with plain_attention(run.model, run.objective.tokens):
         loss_before = None if validation is None else text_loss(run.model, validation)
         run.train()
         trainer.finish()
@@ -147,22 +145,11 @@ def _run(run: Run, trainer: Ast, dtype: torch.dtype, validation: Tensor | None) 
     )
 
 
-def _check(
-    linears: Mapping[str, nn.Module],
-    masks: Mapping[str, Tensor],
-    tokens: Tensor,
-    teacher: nn.Module | None,
-    loop: LoopSettings,
-    method: str,
-) -> None:
+def _check(linears: Mapping[str, nn.Module], masks: Mapping[str, Tensor], method: str) -> None:
     if method not in METHODS:
         raise ValueError(f"retraining method {method!r} given; accepted are {', '.join(METHODS)}")
     if not linears or linears.keys() != masks.keys():
         raise ValueError(f"{len(masks)} masks given for {len(linears)} linears; each sparse linear needs one")
-    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        raise ValueError(f"text of shape {tuple(tokens.shape)} given; blocks [N, L] of at least 2 tokens are needed")
-    if loop.kl_weight > 0 and teacher is None:
-        raise ValueError(f"kl_weight {loop.kl_weight} given without a dense teacher; give one, or kl_weight 0")
 
 
 def _dense_parameters(model: nn.Module, linears: Mapping[str, nn.Module], train: str) -> dict[str, nn.Parameter]:

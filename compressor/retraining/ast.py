@@ -12,7 +12,7 @@ Shapes: O out_features, I in_features.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class Ast:
         snap: Snap | None = None,
     ) -> None:
         self.snap = snap
-        self.settings, self.adam, self.linears = settings, adam, linears
+        self.settings, self.adam, self.linears = settings, replace(adam, form=settings.form), linears
         self.sparse: dict[str, Trained] = {}
         self.branches: dict[str, LowRankBranch] = {}
         self._detach: list[Callable[[], None]] = []

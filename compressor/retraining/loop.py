@@ -4,7 +4,6 @@ The loop knows nothing of a method but three moments: before a step, at the upda
 masks are fp32 and bool; the model itself runs in bf16 where the processor multiplies bf16 in hardware. Dropout is
 off: at these budgets a compressed model has nothing to overfit with.
 
-Shapes: N blocks of text, L tokens in a block, B blocks in a micro-batch.
 """
 
 import hashlib
@@ -14,16 +13,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from compressor.retraining.distillation import Head, Loss, chunked_loss, head_of, hidden_states, next_tokens
+from compressor.retraining.objective import Objective
 from compressor.retraining.optimizers import Trained, gradient_norm
-from compressor.retraining.schedules import Budget, Plan, learning_rate
+from compressor.retraining.schedules import Plan, learning_rate
 from compressor.retraining.snapshots import Snapshots
 
 log = logging.getLogger(__name__)
@@ -106,9 +106,8 @@ class Run:
     """One training run in progress."""
 
     model: nn.Module
-    teacher: nn.Module | None
+    objective: Objective
     method: Method
-    tokens_NL: Tensor
     settings: LoopSettings
     plan: Plan
     snapshots: Snapshots | None = None
@@ -121,14 +120,13 @@ class Run:
 
     def train(self) -> None:
         """From the newest snapshot, or the start, to the end of the budget."""
-        heads = head_of(self.model), None if self.teacher is None else head_of(self.teacher)
         self._resume()
         saved = time.monotonic()
         while not self.plan.done(self.step):
             started = time.monotonic()
             if not self.quantized and self._in_quantized_share():
                 self._start_quantized()
-            self._one_step(*heads, started)
+            self._one_step(started)
             due = time.monotonic() - saved >= 60 * self.settings.checkpoint_minutes
             if self.snapshots is not None and due and not self.plan.done(self.step):
                 self._save()
@@ -146,15 +144,15 @@ class Run:
         self.method.quantize_from(weights)
         self.quantized = True
 
-    def _one_step(self, head: Head, teacher_head: Head | None, started: float) -> None:
+    def _one_step(self, started: float) -> None:
         settings, step = self.settings, self.step
         metrics = self.method.before_step(step)
-        blocks = self._blocks_of(step)
-        loss = self._forward_backward(blocks, head, teacher_head)
+        examples = self._examples_of(step)
+        loss = self._forward_backward(examples)
         norm = gradient_norm(self.method.trained)
-        if not math.isfinite(loss.total) or not math.isfinite(norm):
+        if not math.isfinite(loss["total"]) or not math.isfinite(norm):
             raise NonFiniteError(
-                f"loss {loss.total}, gradient norm {norm} at step {step}, text blocks {blocks.tolist()}: stopped "
+                f"loss {loss['total']}, gradient norm {norm} at step {step}, examples {examples.tolist()}: stopped "
                 "before the update; lower learning_rate, or look at that text"
             )
         progress = self.plan.progress(step + 0.5)
@@ -162,13 +160,13 @@ class Run:
         scale = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
         metrics |= self.method.update(step, progress, rate, scale)
         self.step += 1
-        self.trained_tokens += blocks.numel() * self.tokens_NL.shape[1]
-        self._report(step, started, {**asdict(loss), "gradient_norm": norm, "learning_rate": rate, **metrics})
+        self.trained_tokens += examples.numel() * self.objective.tokens
+        self._report(step, started, {**loss, "gradient_norm": norm, "learning_rate": rate, **metrics})
 
     def _report(self, step: int, started: float, metrics: dict[str, float]) -> None:
         seconds = time.monotonic() - started
         self.plan.took(step, seconds)
-        tokens = self.settings.batch * self.tokens_NL.shape[1]
+        tokens = self.settings.batch * self.objective.tokens
         metrics |= {"tokens": self.trained_tokens, "tokens_per_second": tokens / seconds}
         self.last = {**self.last, **metrics}
         if self.metrics_file is not None:
@@ -177,42 +175,22 @@ class Run:
         if self.progress is not None:
             self.progress(self.step, self.plan.total, metrics)
 
-    def _forward_backward(self, blocks: Tensor, head: Head, teacher_head: Head | None) -> Loss:
+    def _forward_backward(self, examples: Tensor) -> dict[str, float]:
         """Gradients of one step's loss, moved onto the trained entries."""
-        settings = self.settings
-        parts = blocks.split(settings.micro_batch or settings.batch)
-        losses = []
+        parts = examples.split(self.settings.micro_batch or self.settings.batch)
+        found: list[dict[str, float]] = []
         for part in parts:
-            ids_BL = self.tokens_NL[part].to(next(self.model.parameters()).device)
-            positions, labels = next_tokens(ids_BL)
-            teacher_TH = None
-            if self.teacher is not None:
-                with torch.no_grad():
-                    teacher_TH = hidden_states(self.teacher, ids_BL).flatten(0, 1)[positions]
-            student_TH = hidden_states(self.model, ids_BL).flatten(0, 1)[positions]
-            loss, gradient = chunked_loss(
-                student_TH,
-                head,
-                labels,
-                teacher_TH=teacher_TH,
-                teacher_head=teacher_head,
-                kl_weight=settings.kl_weight,
-                temperature=settings.temperature,
-                weight=1.0 / len(parts),
-            )
-            if not math.isfinite(loss.total):
-                return loss
-            student_TH.backward(gradient)
-            losses.append(loss)
+            found.append(self.objective.backward(self.model, part, 1.0 / len(parts)))
+            if not math.isfinite(found[-1]["total"]):
+                return found[-1]
             for entry in self.method.trained:
                 entry.take_gradient(several=len(parts) > 1)
-        mean = [sum(values) / len(losses) for values in zip(*((x.total, x.kl, x.ce) for x in losses), strict=True)]
-        return Loss(*mean)
+        return {name: fmean(metrics[name] for metrics in found) for name in found[0]}
 
-    def _blocks_of(self, step: int) -> Tensor:
-        """Indices of the text blocks of a step: a new order for every pass over the text, from the seed alone."""
+    def _examples_of(self, step: int) -> Tensor:
+        """Numbers of a step's examples: a new order for every pass over them, from the seed alone."""
         first = step * self.settings.batch
-        count = len(self.tokens_NL)
+        count = self.objective.count
         places = range(first, first + self.settings.batch)
         orders = {epoch: self._order(epoch, count) for epoch in {place // count for place in places}}
         return torch.stack([orders[place // count][place % count] for place in places])
@@ -283,21 +261,17 @@ def plain_attention(model: nn.Module, length: int) -> Iterator[None]:
         model.set_attn_implementation(before)  # type: ignore[operator]
 
 
-def identity_of(model: nn.Module, masks: Mapping[str, Tensor], tokens_NL: Tensor, record: Mapping[str, Any]) -> str:
-    """Hash of everything that decides a run's result: weights, masks, text, settings and budget."""
+def identity_of(model: nn.Module, masks: Mapping[str, Tensor], objective: Objective, record: Mapping[str, Any]) -> str:
+    """Hash of everything that decides a run's result: weights, masks, examples, settings and budget."""
     digest = hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode())
     tensors = {**dict(model.state_dict()), **{f"{name}/mask": mask for name, mask in masks.items()}}
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(_bytes_of(tensor))
-    digest.update(_bytes_of(tokens_NL))
+    for tensor in objective.identity():
+        digest.update(_bytes_of(tensor))
     return digest.hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def plan_for(budget: Budget, settings: LoopSettings, length: int) -> Plan:
-    """How many steps a budget is, or will be once steps have been timed."""
-    return Plan(budget, settings.batch * length)

@@ -24,6 +24,7 @@ from compressor.retraining import (
     LowRankSettings,
     NonFiniteError,
     RetrainingReport,
+    TextDistillation,
     retrain,
     text_loss,
 )
@@ -90,8 +91,14 @@ def run(model: nn.Module, teacher: nn.Module | None = None, **options: Any) -> R
     linears = linears_of(model)
     budget = options.pop("budget", Budget(tokens=30 * 64))
     options = {"loop": FP32, "settings": AstSettings(), **options}
-    tokens = options.pop("tokens", text())
-    return retrain(model, teacher or copy.deepcopy(model), linears, masks_of(linears), tokens, budget, **options)
+    loop = options["loop"]
+    objective = TextDistillation(
+        options.pop("tokens", text()),
+        teacher or copy.deepcopy(model),
+        kl_weight=loop.kl_weight,
+        temperature=loop.temperature,
+    )
+    return retrain(model, objective, linears, masks_of(linears), budget, **options)
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, opt])
@@ -208,8 +215,8 @@ def test_cross_entropy_alone_needs_no_teacher() -> None:
     linears = linears_of(model)
     loop = LoopSettings(batch=4, learning_rate=3e-3, kl_weight=0.0, precision="fp32")
     report = retrain(
-        model, None, linears, masks_of(linears), text(), Budget(tokens=1920), loop=loop, settings=AstSettings(),
-        validation=text(8),
+        model, TextDistillation(text(), None, kl_weight=0.0), linears, masks_of(linears), Budget(tokens=1920),
+        loop=loop, settings=AstSettings(), validation=text(8),
     )  # fmt: skip
     assert report.validation_loss < report.validation_loss_before - 0.5  # type: ignore[operator]
 
@@ -229,7 +236,7 @@ def test_a_non_finite_loss_stops_before_the_weights_are_touched() -> None:
 
     tokens = torch.full((12, 16), 2)
     tokens[-1] = 13
-    with pytest.raises(NonFiniteError, match=r"at step \d, text blocks \[.*11.*\]: stopped"):
+    with pytest.raises(NonFiniteError, match=r"at step \d, examples \[.*11.*\]: stopped"):
         run(model, teacher, tokens=tokens, progress=watch)
     assert not weights or torch.equal(model.model.layers[0].mlp.up_proj.weight, weights[-1])
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
@@ -248,12 +255,12 @@ def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
         run(llama(), **change)
     model = llama()
     with pytest.raises(ValueError, match="without a dense teacher"):
+        TextDistillation(text(), None)
+    with pytest.raises(ValueError, match="each sparse linear needs one"):
         retrain(
-            model, None, linears_of(model), masks_of(linears_of(model)), text(), Budget(tokens=64), loop=FP32,
+            model, TextDistillation(text(), model), linears_of(model), {}, Budget(tokens=64), loop=FP32,
             settings=AstSettings(),
         )  # fmt: skip
-    with pytest.raises(ValueError, match="each sparse linear needs one"):
-        retrain(model, model, linears_of(model), {}, text(), Budget(tokens=64), loop=FP32, settings=AstSettings())
 
 
 @pytest.mark.parametrize(
