@@ -1,19 +1,114 @@
-"""n:m masks from scores, and the checks on them. Pure functions, nothing here knows a model.
+"""Masks from scores, and the checks on them. Pure functions, nothing here knows a model.
 
-A mask is a `torch.bool` tensor of the weight's shape, True where the weight is kept. Groups are m
-consecutive entries of the last dimension (the input features of one output row). Ties go to the
-earlier position, so a mask is a function of its scores alone and bytes are reproducible.
+A mask is a `torch.bool` tensor of the weight's shape, True where the weight is kept. Its shape says which masks are
+possible: n of every m consecutive entries of the last dimension (the input features of one output row), or a share of
+the whole layer. Ties go to the earlier position, so a mask is a function of its scores alone and bytes are
+reproducible.
 
 Shapes: O out_features, I in_features, G = number of groups of m, B = rows of one block.
 """
 
+from __future__ import annotations
+
+import math
+import re
 import sys
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 # Entries handled at a time: the working set of a 2:4 selection stays in a core's cache.
 _BLOCK = 1 << 18
+_N_M = re.compile(r"(\d{1,4}):(\d{1,4})")
+_SHARE = re.compile(r"(\d{1,2}(?:\.\d+)?)\s*%")
+ACCEPTED = "2:4, another n:m such as 1:4 or 4:8, or the share of a layer's weights to prune such as 50%"
+
+
+@dataclass(frozen=True)
+class MaskShape:
+    """Which masks are possible.
+
+    Args:
+        n: entries kept of every m consecutive ones of a row.
+        m: length of a group.
+        pruned: unstructured, the share of a layer's weights that is pruned wherever they stand; n and m then count
+            nothing.
+    """
+
+    n: int = 2
+    m: int = 4
+    pruned: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> MaskShape:
+        """`2:4`, `4:8` or `50%`; raises ValueError for anything else."""
+        if match := _N_M.fullmatch(text.strip()):
+            n, m = int(match[1]), int(match[2])
+            if 0 < n < m:
+                return cls(n, m)
+        elif (match := _SHARE.fullmatch(text.strip())) and float(match[1]) > 0:
+            return cls(0, 0, float(match[1]) / 100)
+        raise ValueError(f"sparsity pattern {text!r} is not understood; accepted: {ACCEPTED}")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.pruned is None else f"{self.pruned * 100:g}%"
+
+    @property
+    def by_row(self) -> bool:
+        """Whether rows are independent, so that parts of a layer can be pruned alone."""
+        return self.pruned is None
+
+    @property
+    def fits_24(self) -> bool:
+        """Whether at most two of any four consecutive weights are kept, as the 2:4 formats store them."""
+        return self.by_row and ((self.n <= 2 and self.m % 4 == 0) or (self.n, self.m) == (1, 2))
+
+    def check_width(self, in_features: int) -> None:
+        """Refuse a layer that has no mask of this shape."""
+        if self.by_row:
+            check_groups(in_features, self.n, self.m)
+
+    def kept(self, entries: int) -> int:
+        """How many entries of a layer are kept."""
+        return entries // self.m * self.n if self.pruned is None else entries - math.floor(self.pruned * entries)
+
+    def mask(self, score: Tensor) -> Tensor:
+        """Keep the highest scores, as many as the shape wants."""
+        return n_m_mask(score, self.n, self.m) if self.by_row else keep_highest(score, self.kept(score.numel()))
+
+    def check(self, mask: Tensor) -> None:
+        """Raise when a mask is not boolean or does not keep exactly what the shape wants."""
+        if self.by_row or mask.dtype is not torch.bool:
+            return check_mask(mask, self.n, self.m)
+        kept, wanted = int(mask.sum()), self.kept(mask.numel())
+        if kept != wanted:
+            raise ValueError(f"the mask keeps {kept} of {mask.numel()} weights; {self} pruned keeps {wanted}")
+
+    def check_weight(self, weight: Tensor) -> None:
+        """Raise when a weight holds more non-zeros than the shape keeps."""
+        if self.by_row:
+            return check_n_m(weight, self.n, self.m)
+        used, wanted = int((weight != 0).sum()), self.kept(weight.numel())
+        if used > wanted:
+            raise ValueError(f"{used} of {weight.numel()} weights are not zero; {self} pruned keeps {wanted} at most")
+
+
+TWO_OF_FOUR = MaskShape()
+
+
+def keep_highest(score: Tensor, count: int) -> Tensor:
+    """The mask of the `count` highest scores of a whole tensor. Scores must be finite."""
+    flat = score.detach().reshape(-1)
+    if not 0 <= count <= flat.numel():
+        raise ValueError(f"{count} of {flat.numel()} entries cannot be kept")
+    if count == 0:
+        return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    lowest = flat.kthvalue(flat.numel() - count + 1).values
+    mask = flat > lowest
+    tied = (flat == lowest).nonzero().squeeze(1)
+    mask[tied[: count - int(mask.sum())]] = True
+    return mask.view(score.shape)
 
 
 def n_m_mask(score: Tensor, n: int = 2, m: int = 4) -> Tensor:

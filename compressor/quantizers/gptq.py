@@ -41,7 +41,7 @@ def gptq(weight: Tensor, stats: LayerStats | None, scheme: Scheme, *, act_order:
     if stats is None or stats.hessian is None:
         raise ValueError("quantizer 'gptq' needs Hessians; calibrate with hessian=True, or use the quantizer 'rtn'")
     original = weight.detach().to(torch.float32)
-    mask = original != 0 if fmt.sparse else torch.ones_like(original, dtype=torch.bool)
+    mask = original != 0  # in a dense format too: it may hold another sparsity than 2:4
     solve = _by_activity if act_order else _by_group
     w, scale = solve(original, mask, stats, scheme, fmt)
     steps = scale.float().repeat_interleave(w.shape[1] // scale.shape[1], dim=1)

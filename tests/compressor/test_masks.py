@@ -1,9 +1,9 @@
-"""n:m masks: exact counts, deterministic ties, agreement of the fast path with a plain sort."""
+"""Masks: exact counts, deterministic ties, agreement of the fast path with a plain sort."""
 
 import pytest
 import torch
 
-from compressor.masks import check_mask, check_n_m, flip_rate, n_m_mask
+from compressor.masks import MaskShape, check_mask, check_n_m, flip_rate, keep_highest, n_m_mask
 
 
 def by_sort(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -71,3 +71,49 @@ def test_flip_rate() -> None:
     old = torch.tensor([True, True, False, False])
     assert flip_rate(old, torch.tensor([True, False, True, False])) == 0.5
     assert flip_rate(old, old) == 0.0
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "1:2", "37.5%"])
+def test_a_shape_makes_masks_that_it_accepts(text: str) -> None:
+    shape, weight = MaskShape.parse(text), torch.randn(16, 32, generator=torch.Generator().manual_seed(3))
+    mask = shape.mask(weight.abs())
+    shape.check(mask)
+    shape.check_weight(weight * mask)
+    assert str(shape) == text
+    assert int(mask.sum()) == shape.kept(weight.numel())
+    with pytest.raises(ValueError, match="non-zero|not zero"):
+        shape.check_weight(weight)
+    mask[0, 0] = ~mask[0, 0]
+    with pytest.raises(ValueError, match="keep"):
+        shape.check(mask)
+    with pytest.raises(ValueError, match=r"torch\.bool"):
+        shape.check(mask.int())
+
+
+@pytest.mark.parametrize("text", ["", "4:2", "2:2", "0:4", "unstructured", "0%", "100%", "50", "-5%", "2:4:8"])
+def test_other_patterns_are_refused_with_the_accepted_ones(text: str) -> None:
+    with pytest.raises(ValueError, match="accepted: 2:4, another n:m"):
+        MaskShape.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"), [("2:4", True), ("1:4", True), ("1:2", True), ("2:8", True), ("4:8", False), ("50%", False)]
+)
+def test_what_the_formats_of_two_of_four_hold(text: str, fits: bool) -> None:
+    shape = MaskShape.parse(text)
+    assert shape.fits_24 == fits
+    mask = shape.mask(torch.randn(64, 64, generator=torch.Generator().manual_seed(4)))
+    if fits:
+        check_n_m(mask.int())
+        return
+    with pytest.raises(ValueError, match="more than 2 non-zero"):
+        check_n_m(mask.int())
+
+
+def test_an_unstructured_mask_keeps_the_highest_and_breaks_ties_by_position() -> None:
+    score = torch.tensor([[1.0, 5.0, 1.0], [7.0, 1.0, 1.0]])
+    assert keep_highest(score, 4).tolist() == [[True, True, True], [True, False, False]]
+    assert not keep_highest(score, 0).any()
+    assert keep_highest(score, 6).all()
+    with pytest.raises(ValueError, match="7 of 6"):
+        keep_highest(score, 7)

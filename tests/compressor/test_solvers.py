@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compressor.calibration import LayerStats, weight_of
 from compressor.criteria import CRITERIA
-from compressor.masks import check_mask, check_n_m, n_m_mask
+from compressor.masks import MaskShape, check_mask, check_n_m, n_m_mask
 from compressor.solvers import SOLVERS, prune_blocks
 
 
@@ -32,6 +32,19 @@ def test_a_solver_prunes_exactly_and_beats_wanda_on_the_output(name: str, width:
     wanda = weight * n_m_mask(CRITERIA["wanda"](weight, stats))
     error = ((solved - weight) @ x.t()).square().sum()
     assert error < 0.9 * ((wanda - weight) @ x.t()).square().sum()
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "4:8", "3:6", "50%", "70%"])
+@pytest.mark.parametrize("name", sorted(SOLVERS))
+def test_other_shapes_are_pruned_exactly_too(name: str, pattern: str) -> None:
+    x, stats = correlated(192)
+    weight = torch.randn(24, 192, generator=torch.Generator().manual_seed(1))
+    shape = MaskShape.parse(pattern)
+    solved, mask = SOLVERS[name](weight, stats, shape)
+    shape.check(mask)
+    assert torch.equal(solved != 0, mask)
+    chosen = weight * shape.mask(CRITERIA["wanda"](weight, stats))
+    assert ((solved - weight) @ x.t()).square().sum() < 0.9 * ((chosen - weight) @ x.t()).square().sum()
 
 
 def test_sparsegpt_equals_least_squares_on_the_columns_it_keeps_free() -> None:
