@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.low_rank import LowRankBranch
+from compressor.masks import MaskShape
 from compressor.retraining.ast import Ast, AstSettings, LowRankSettings, Snap
 from compressor.retraining.distillation import text_loss
 from compressor.retraining.loop import (
@@ -78,6 +79,7 @@ def retrain(
     method: str = "ast",
     validation: Tensor | None = None,
     work_dir: Path | None = None,
+    shapes: Mapping[str, MaskShape] | None = None,
     snap: Snap | None = None,
     progress: Progress | None = None,
 ) -> RetrainingReport:
@@ -88,6 +90,7 @@ def retrain(
         linears: the sparse linears by name; `masks` [O, I] under the same names.
         validation: text blocks [n, L] that are only measured.
         work_dir: where snapshots and metrics.jsonl are kept, so that a killed run goes on; None keeps nothing.
+        shapes: of the masks, by the same names; 2:4 where not named.
         snap: the packed grid of a linear's values, for loop.quantize_share.
         progress: called after every step with the step, the total and the step's metrics.
     """
@@ -103,7 +106,7 @@ def retrain(
     adam = AdamSettings(loop.beta1, loop.beta2, loop.eps, loop.weight_decay)
     dense = _dense_parameters(model, linears, loop.train)
     model.eval().requires_grad_(False)
-    trainer = METHODS[method](linears, masks, dense, settings, adam, dtype, snap)
+    trainer = METHODS[method](linears, masks, dense, settings, adam, dtype, snap, shapes)
     _cast(model, dtype)
     for entry in trainer.trained:
         entry.parameter.requires_grad_(True)

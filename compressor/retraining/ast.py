@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compressor.calibration import weight_of
 from compressor.low_rank import INITS, LowRankBranch, initial_s
-from compressor.masks import check_mask, check_n_m, flip_rate, n_m_mask
+from compressor.masks import TWO_OF_FOUR, MaskShape, flip_rate
 from compressor.retraining.optimizers import (
     FORMS,
     AdamSettings,
@@ -87,15 +87,17 @@ class Ast:
         adam: AdamSettings,
         dtype: torch.dtype,
         snap: Snap | None = None,
+        shapes: Mapping[str, MaskShape] | None = None,
     ) -> None:
         self.snap = snap
+        self.shapes = {name: (shapes or {}).get(name, TWO_OF_FOUR) for name in linears}
         self.settings, self.adam, self.linears = settings, replace(adam, form=settings.form), linears
         self.sparse: dict[str, Trained] = {}
         self.branches: dict[str, LowRankBranch] = {}
         self._detach: list[Callable[[], None]] = []
         for name, module in linears.items():
             mask = masks[name].clone()
-            check_mask(mask)
+            self.shapes[name].check(mask)
             if settings.low_rank is not None:
                 self._add_branch(name, module, mask, settings.low_rank, dtype)
             module.register_buffer("weight_mask", mask, persistent=False)
@@ -130,13 +132,14 @@ class Ast:
         every = self.settings.refresh_every
         if not every or step == 0 or step % every:
             return {}
-        flips = [self._refresh(entry) * entry.master.numel() for entry in self.sparse.values()]
+        flips = [self._refresh(name) * entry.master.numel() for name, entry in self.sparse.items()]
         return {"flip_rate": sum(flips) / self._weights(), **self.magnitudes()}
 
     @torch.no_grad()
-    def _refresh(self, entry: Trained) -> float:
+    def _refresh(self, name: str) -> float:
+        entry = self.sparse[name]
         assert entry.mask is not None
-        mask = n_m_mask(entry.master.abs())
+        mask = self.shapes[name].mask(entry.master.abs())
         rate = flip_rate(entry.mask, mask)
         if rate:
             entry.mask.copy_(mask)
@@ -148,14 +151,14 @@ class Ast:
 
     @torch.no_grad()
     def magnitudes(self) -> dict[str, float]:
-        """Mean |w| of kept and of masked weights; half of all weights are of either kind."""
+        """Mean |w| of kept and of masked weights."""
         kept = total = 0.0
         for entry in self.sparse.values():
             size = entry.master.abs()
             total += float(size.sum())
             kept += float(size.mul_(entry.kept()).sum())
-        half = self._weights() / 2
-        return {"mean_kept": kept / half, "mean_masked": (total - kept) / half}
+        count = sum(self.shapes[name].kept(entry.master.numel()) for name, entry in self.sparse.items())
+        return {"mean_kept": kept / count, "mean_masked": (total - kept) / (self._weights() - count)}
 
     def update(self, step: int, progress: float, rate: float, scale: float) -> dict[str, float]:
         """One optimiser step on everything that trains."""
@@ -183,8 +186,8 @@ class Ast:
             entry.publish()
             if entry.mask is not self.linears[name].weight_mask:
                 raise RuntimeError(f"{name} lost its mask during training; its weights cannot be trusted to be sparse")
-            check_mask(entry.mask)
-            check_n_m(entry.visible)
+            self.shapes[name].check(entry.mask)
+            self.shapes[name].check_weight(entry.visible)
 
     def detach(self) -> None:
         """Take everything of the method off the model, whose weights are now plain sparse ones."""

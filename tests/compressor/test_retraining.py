@@ -1,6 +1,5 @@
 """`retrain` end to end on tiny models: what it leaves, what it logs, how it stops and how it goes on."""
 
-import copy
 import json
 import subprocess
 import sys
@@ -10,12 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from compressor.calibration import weight_of
-from compressor.masks import check_n_m, n_m_mask
+from compressor.masks import MaskShape, check_n_m
 from compressor.retraining import (
     METHODS,
     AstSettings,
@@ -23,11 +19,11 @@ from compressor.retraining import (
     LoopSettings,
     LowRankSettings,
     NonFiniteError,
-    RetrainingReport,
     TextDistillation,
     retrain,
     text_loss,
 )
+from tests.retraining import FP32, gpt2, linears_of, llama, masks_of, opt, run, text
 
 
 @pytest.fixture(autouse=True)
@@ -37,68 +33,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-FP32 = LoopSettings(batch=4, learning_rate=3e-3, precision="fp32")
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, initializer_range=0.2,
-        )
-    )  # fmt: skip
-
-
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, initializer_range=0.2)
-    )
-
-
-def opt() -> nn.Module:
-    torch.manual_seed(0)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=32, word_embed_proj_dim=32, init_std=0.2,
-        )
-    )  # fmt: skip
-
-
-def linears_of(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and "lm_head" not in name
-    }
-
-
-def masks_of(linears: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    return {name: n_m_mask(weight_of(module).detach().abs()) for name, module in linears.items()}
-
-
-def text(blocks: int = 40) -> torch.Tensor:
-    """Text with something to learn: each token follows from the one before."""
-    start = torch.arange(blocks).unsqueeze(1) * 7
-    return (start + 5 * torch.arange(16)) % 64
-
-
-def run(model: nn.Module, teacher: nn.Module | None = None, **options: Any) -> RetrainingReport:
-    linears = linears_of(model)
-    budget = options.pop("budget", Budget(tokens=30 * 64))
-    options = {"loop": FP32, "settings": AstSettings(), **options}
-    loop = options["loop"]
-    objective = TextDistillation(
-        options.pop("tokens", text()),
-        teacher or copy.deepcopy(model),
-        kl_weight=loop.kl_weight,
-        temperature=loop.temperature,
-    )
-    return retrain(model, objective, linears, masks_of(linears), budget, **options)
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, opt])
@@ -148,6 +82,25 @@ def test_masks_move_only_when_they_are_refreshed() -> None:
     before = masks_of(linears_of(kept))
     run(kept, loop=loop, settings=AstSettings(refresh_every=0))
     assert all(torch.equal(weight_of(module) != 0, before[name]) for name, module in linears_of(kept).items())
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "4:8", "50%", "70%"])
+def test_other_masks_are_refreshed_and_kept(pattern: str) -> None:
+    shape, model = MaskShape.parse(pattern), llama()
+    linears = linears_of(model)
+    masks = {name: shape.mask(weight_of(module).detach().abs()) for name, module in linears.items()}
+    flips: list[float] = []
+    loop = LoopSettings(batch=4, learning_rate=3e-2, kl_weight=0.0, precision="fp32")
+    retrain(
+        model, TextDistillation(text(), None, kl_weight=0.0), linears, masks, Budget(tokens=30 * 64), loop=loop,
+        settings=AstSettings(), shapes=dict.fromkeys(linears, shape),
+        progress=lambda step, total, metrics: flips.append(metrics.get("flip_rate", 0.0)),
+    )  # fmt: skip
+    assert max(flips) > 0
+    for module in linears.values():
+        shape.check(weight_of(module) != 0)
+    with pytest.raises(ValueError, match="keep exactly 2 of 4"):
+        run(llama(), masks=masks)
 
 
 def test_micro_batches_do_not_change_the_result() -> None:
