@@ -18,6 +18,7 @@ examples:
   serve OUT --port 8080 --api-key K   the same elsewhere, for those who have the key
   serve OUT --check                   load, generate one token, exit 0 if all is well
   serve chat OUT                      talk with the model here, without a server
+  serve OUT --runtime vllm -- --seed 1   by vLLM's server; what follows -- is for vLLM itself
 
 A folder that is called chat is written ./chat."""
 
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     talks = given[:1] == ["chat"]
     parser = _parser("serve chat" if talks else "serve", talks)
-    options = _options(vars(parser.parse_args(given[1:] if talks else given)))
+    own, rest = _split(given[1:] if talks else given)
+    options = _options(vars(parser.parse_args(own)) | {"runtime_arguments": rest})
     logging.basicConfig(
         level=logging.DEBUG if options.debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
@@ -50,6 +52,12 @@ def _run(options: ServeOptions, talks: bool) -> int:
     from serve.runtimes import find_runtime
 
     return find_runtime(options.runtime)(options, lambda text: print(text, flush=True))
+
+
+def _split(given: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The arguments before `--`, and those after it."""
+    at = given.index("--") if "--" in given else len(given)
+    return given[:at], tuple(given[at + 1 :])
 
 
 def _options(values: dict[str, Any]) -> ServeOptions:
@@ -89,7 +97,9 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("server").add_argument
-    add("--runtime", metavar="NAME", help="what computes: torch (torch)")
+    add("--runtime", metavar="NAME", help="what computes: torch, or vllm with arguments of its own after -- (torch)")
+    add("--tensor-parallel-size", type=int, metavar="N", help="ranks that share each layer; vllm only (1)")
+    add("--pipeline-parallel-size", type=int, metavar="N", help="groups of ranks that share the layers; vllm only (1)")
     add("--host", help="address to listen on (127.0.0.1)")
     add("--port", type=int, metavar="N", help="port to listen on; 0 takes any free one (8000)")
     add("--served-model-name", metavar="NAME", help="the model's name in the API (the folder's name)")

@@ -10,6 +10,9 @@ from pathlib import Path
 class ServeOptions:
     folder: Path
     runtime: str = "torch"
+    runtime_arguments: tuple[str, ...] = ()
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_name: str | None = None
@@ -62,6 +65,11 @@ class ServeOptions:
         for path in (self.ssl_certfile, self.ssl_keyfile):
             if path is not None and not path.is_file():
                 raise ValueError(f"{path} does not exist")
+        parallel = self.tensor_parallel_size != 1 or self.pipeline_parallel_size != 1
+        if self.runtime == "torch" and (parallel or self.runtime_arguments):
+            raise ValueError(
+                "--tensor-parallel-size, --pipeline-parallel-size and arguments after -- need --runtime vllm"
+            )
         for name in ("max_queue", "max_body_mb", "request_timeout", "shutdown_timeout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import sysconfig
+import sys
 from pathlib import Path
 
 import torch
@@ -59,8 +59,7 @@ def find() -> Path | None:
     wanted = os.environ.get(PATH_VARIABLE)
     if wanted:
         return Path(wanted) if wanted != "none" else None
-    folders = [Path(__file__).parent]
-    folders += [Path(sysconfig.get_path(key)) / "compressor" / "kernels" for key in ("platlib", "purelib")]
+    folders = [Path(__file__).parent, *(Path(entry) / "compressor" / "kernels" for entry in sys.path)]
     return next((folder / NAME for folder in folders if (folder / NAME).is_file()), None)
 
 

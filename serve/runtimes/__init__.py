@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 RUNTIMES = {
     "torch": "serve.runtimes.torch_compiled:serve",
+    "vllm": "serve.runtimes.vllm:serve",
 }
 
 

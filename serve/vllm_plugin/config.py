@@ -1,0 +1,96 @@
+"""vLLM's view of the `quantization_config` block: which of its layers gets which method.
+
+vLLM fuses q/k/v and gate/up, so one of its layers may stand for several modules of the checkpoint. Where these differ
+(one may be stored plainly), each keeps a product of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from vllm import __version__ as vllm_version
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig as VllmQuantizationConfig
+
+from compressor.scheme import QUANT_METHOD, QuantizationConfig, Scheme
+from serve.vllm_plugin import check_version
+
+_EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "wte", "model.decoder.embed_tokens", "decoder.embed_tokens")
+"""The families' names of the token embedding: vLLM does not tell most of its embedding layers theirs."""
+
+
+class HalfweightConfig(VllmQuantizationConfig):  # type: ignore[misc]
+    """The record of a checkpoint; stands at module level because vLLM pickles it into its workers."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        super().__init__()
+        check_version(vllm_version)
+        self.record = dict(record)
+        self.parsed = QuantizationConfig.from_dict(self.record)
+        from serve.vllm_plugin.embedding import register_layers
+
+        register_layers()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HalfweightConfig, (self.record,)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> HalfweightConfig:
+        return cls(config)
+
+    @classmethod
+    def get_name(cls) -> str:
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        """The method of a linear, an embedding or an LM head; None where vLLM's own serves."""
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+        from serve.vllm_plugin.embedding import HalfweightEmbeddingMethod
+        from serve.vllm_plugin.linear import HalfweightLinearMethod
+
+        if isinstance(layer, LinearBase):
+            schemes = [self.scheme_of(name) for name in self.modules_of(prefix)]
+            packed = any(scheme is not None for scheme in schemes)
+            return HalfweightLinearMethod(schemes, prefix) if packed else UnquantizedLinearMethod()
+        if isinstance(layer, VocabParallelEmbedding):
+            scheme = self.head_scheme(prefix) if isinstance(layer, ParallelLMHead) else self.embedding_scheme()
+            return None if scheme is None else HalfweightEmbeddingMethod(scheme, prefix)
+        return None
+
+    def modules_of(self, prefix: str) -> list[str]:
+        """The checkpoint's modules that one of vLLM's linears stands for."""
+        parent, dot, name = prefix.strip(".").rpartition(".")
+        return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(name, [name])]
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """A module's scheme, or None where its weight is plain; the outermost name may be missing in a checkpoint."""
+        found = self.parsed.scheme_of(module) or self.parsed.scheme_of(module.partition(".")[2])
+        plain = found is not None and found.format == "dense" and found.low_rank is None
+        return None if plain else found
+
+    def embedding_scheme(self) -> Scheme | None:
+        """The scheme of the token embedding."""
+        return next((scheme for name in _EMBEDDINGS if (scheme := self.scheme_of(name)) is not None), None)
+
+    def head_scheme(self, prefix: str) -> Scheme | None:
+        """The scheme of the LM head; a tied one stores nothing and reads the embedding's tensors."""
+        from vllm.config import get_current_vllm_config
+
+        tied = get_current_vllm_config().model_config.hf_config.tie_word_embeddings
+        return self.embedding_scheme() if tied else self.scheme_of(prefix.strip(".") or "lm_head")

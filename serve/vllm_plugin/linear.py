@@ -1,0 +1,224 @@
+"""A linear of vLLM over packed weights: stored tensors come in by vLLM's own slices and leave in the kernel's layout.
+
+Every stored tensor is [O, proportional to I], so q/k/v and gate/up are fused, and shared among tensor-parallel ranks,
+as plain rows and columns. A trained low-rank projection X [I / k, I] is the exception: each part has its own, whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+from compressor.compressed_linear import CompressedLinear
+from compressor.formats import make_format
+from compressor.formats.format import Spec
+from compressor.formats.low_rank import low_rank_spec
+from compressor.scheme import Scheme
+from serve.engine.models.linears import KernelLinear, PlainLinear, packed_linear
+
+_PROJECTION = "low_rank_a"
+_PARTS = {"q": 0, "k": 1, "v": 2}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [start, stop) of a layer that are one product."""
+
+    scheme: Scheme | None
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a rank keeps of one stored tensor: its width, and whether the ranks share the columns."""
+
+    width: int
+    dtype: torch.dtype
+    shared: bool
+
+
+class HalfweightLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """How one of vLLM's linears is created, loaded and run.
+
+    Args:
+        schemes: of the checkpoint's modules that the layer stands for; None is a plain weight.
+        prefix: the layer's name, for messages.
+    """
+
+    def __init__(self, schemes: Sequence[Scheme | None], prefix: str) -> None:
+        self.schemes = tuple(schemes)
+        self.prefix = prefix
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Registers a parameter for each stored tensor, filled with what is refused unless it is loaded."""
+        layer.parts = parts_of(self.schemes, output_partition_sizes, self.prefix)
+        for name, stored in self._stored(input_size_per_partition, input_size, params_dtype).items():
+            rows = sum(output_partition_sizes)
+            own = {"output_dim": 0, "weight_loader": attributes["weight_loader"]}
+            if stored.shared:
+                own["input_dim"] = 1
+            if name == _PROJECTION:
+                rows = len(layer.parts) * self._rank(input_size)
+                own = {"weight_loader": projection_loader(layer, stored.shared)}
+            parameter = nn.Parameter(unloaded((rows, stored.width), stored.dtype), requires_grad=False)
+            set_weight_attrs(parameter, own)
+            layer.register_parameter(name, parameter)
+
+    def _stored(self, columns: int, all_columns: int, dtype: torch.dtype) -> dict[str, Stored]:
+        found: dict[str, Stored] = {}
+        for scheme in self.schemes:
+            try:
+                new = stored_tensors(scheme, columns, all_columns, dtype)
+            except ValueError as error:
+                share = "" if columns == all_columns else f" ({columns} of its {all_columns} inputs on each rank)"
+                raise ValueError(f"{self.prefix}{share}: {error}") from None
+            if any(found.get(name, stored) != stored for name, stored in new.items()):
+                raise ValueError(f"{self.prefix} is fused of modules in different packed formats; only plain ones mix")
+            found |= new
+        return found
+
+    def _rank(self, all_columns: int) -> int:
+        [branch] = {scheme.low_rank for scheme in self.schemes if scheme is not None}
+        assert branch is not None
+        return all_columns // branch.segment
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Takes the stored tensors to the kernel's layout, part by part, and frees them."""
+        if hasattr(layer, "packed"):
+            return
+        stored = {name: parameter.data for name, parameter in layer.named_parameters(recurse=False) if name != "bias"}
+        projections = stored.pop(_PROJECTION, None)
+        layer.packed = nn.ModuleList()
+        for number, part in enumerate(layer.parts):
+            tensors = {name: tensor[part.start : part.stop] for name, tensor in stored.items()}
+            if projections is not None:
+                tensors[_PROJECTION] = projections.chunk(len(layer.parts))[number]
+            layer.packed.append(packed_part(part.scheme, tensors, self.prefix))
+        for name in [*stored, *([] if projections is None else [_PROJECTION])]:
+            delattr(layer, name)
+        layer.weight_packed = next(layer.packed.buffers())  # by this name vLLM's adapters find a layer's device
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., O] in x's dtype."""
+        if len(layer.packed) == 1:
+            return run(layer.packed[0], x, bias)
+        biases = [None if bias is None else bias[part.start : part.stop] for part in layer.parts]
+        return torch.cat([run(linear, x, own) for linear, own in zip(layer.packed, biases, strict=True)], dim=-1)
+
+
+def parts_of(schemes: Sequence[Scheme | None], sizes: Sequence[int], prefix: str) -> list[Part]:
+    """The products of a layer: neighbours that are stored alike are one, unless each has a projection of its own."""
+    if len(schemes) != len(sizes):  # fused in the checkpoint already, as GPT-2's c_attn
+        if len(set(schemes)) > 1:
+            raise ValueError(
+                f"{prefix} has {len(sizes)} parts, but the checkpoint stores {len(schemes)} unlike modules"
+            )
+        return [Part(schemes[0], 0, sum(sizes))]
+    found: list[Part] = []
+    for scheme, size, stop in zip(schemes, sizes, accumulate(sizes), strict=True):
+        alone = scheme is not None and scheme.low_rank is not None and scheme.low_rank.trained_projection
+        if found and found[-1].scheme == scheme and not alone:
+            found[-1] = Part(scheme, found[-1].start, stop)
+        else:
+            found.append(Part(scheme, stop - size, stop))
+    return found
+
+
+def stored_tensors(scheme: Scheme | None, columns: int, all_columns: int, dtype: torch.dtype) -> dict[str, Stored]:
+    """What a rank with `columns` of the inputs keeps; ValueError where they cannot be cut out."""
+    if scheme is None:
+        return {"weight": Stored(columns, dtype, columns != all_columns)}
+    own, whole = _spec(scheme, columns), _spec(scheme, all_columns)
+    if scheme.low_rank is not None and scheme.low_rank.trained_projection:
+        # Every rank projects its own inputs onto all of X's rows; the sum over ranks is taken after S.
+        own |= {name: whole[name] for name in whole if name.startswith("low_rank_b")}
+    found = {}
+    for name, ((_, width), kind) in own.items():
+        total = whole[name][0][1]
+        if width != total and width * all_columns != total * columns:
+            raise ValueError(
+                f"{scheme.format} stores {name} in bytes of several inputs, which a rank's share would cut"
+            )
+        found[name] = Stored(width, kind, width != total)
+    return found
+
+
+def _spec(scheme: Scheme, columns: int) -> Spec:
+    branch = {} if scheme.low_rank is None else low_rank_spec(scheme.low_rank, 1, columns)
+    return make_format(scheme).spec(1, columns) | branch
+
+
+def unloaded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that `checked` refuses until it is loaded: NaN, or 0, which no pair of 2:4 positions is."""
+    return torch.full(shape, torch.nan, dtype=dtype) if dtype.itemsize > 1 else torch.zeros(shape, dtype=dtype)
+
+
+def projection_loader(layer: Any, shared: bool) -> Callable[..., None]:
+    """Loads one part's trained projection below those of the parts before it."""
+
+    def load(parameter: nn.Parameter, loaded: Tensor, part: str | int | None = None) -> None:
+        number = part if isinstance(part, int) else _PARTS.get(part or "q", 0)
+        width = parameter.shape[1]
+        columns = loaded.narrow(1, layer.tp_rank * width, width) if shared else loaded
+        parameter.data.chunk(len(layer.parts))[number].copy_(columns)
+
+    return load
+
+
+def packed_part(scheme: Scheme | None, tensors: Mapping[str, Tensor], prefix: str) -> nn.Module:
+    """The module that computes with loaded tensors; ValueError where one is missing or breaks its format."""
+    if scheme is None:
+        checked(tensors, ["weight"], prefix)
+        return PlainLinear(tensors["weight"].clone(), None)
+    names = [name for name in _spec(scheme, 1024) if name in tensors]
+    own = checked(tensors, names, prefix)
+    weight = {name: tensor for name, tensor in own.items() if name.startswith("weight")}
+    packed = make_format(scheme)
+    try:
+        packed.validate(weight)
+    except ValueError as error:
+        raise ValueError(f"{prefix}: {error}; part of it may be missing in the checkpoint") from None
+    out_features, in_features = packed.shape_of(weight)
+    with torch.device("meta"):
+        stored = CompressedLinear(in_features, out_features, scheme)
+    for name, tensor in own.items():  # a rank's low-rank tensors have shapes of their own, so they are not compared
+        stored._buffers[name] = tensor.contiguous()
+    linear = packed_linear(stored)
+    if linear is stored:
+        stored.prepare()
+    return linear
+
+
+def checked(tensors: Mapping[str, Tensor], names: Sequence[str], prefix: str) -> dict[str, Tensor]:
+    """The named tensors; ValueError where one holds NaN or infinity, as those do that were never loaded."""
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{prefix}: {name} is missing in the checkpoint, or holds NaN or infinity")
+    return {name: tensors[name] for name in names}
+
+
+def run(linear: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    """[..., O] of one part, with vLLM's bias."""
+    if isinstance(linear, KernelLinear):
+        out: Tensor = torch.ops.halfweight.linear.default(x, linear.weight, bias, linear.low_rank, False)
+        return out
+    y: Tensor = linear(x)
+    return y if bias is None else y + bias.to(y.dtype)
