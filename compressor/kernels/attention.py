@@ -1,7 +1,9 @@
 """Attention over a paged key-value cache, for decode and for (chunked) prefill alike.
 
 Shapes: T tokens of all sequences one behind the other, S sequences, H query heads, Hkv key-value heads, D head size.
-A cache is bf16 [num_blocks, block_size, Hkv, D]. Without the compiled kernels the same functions run in plain torch.
+A cache is bf16 [num_blocks, block_size, Hkv, D]. An int8 cache is uint8 [num_blocks, block_size, Hkv, D + 4]: D int8
+values of one token and head, then the float32 factor that they share. Without the compiled kernels the same functions
+run in plain torch.
 """
 
 from __future__ import annotations
@@ -12,13 +14,27 @@ from torch import Tensor
 
 from compressor.kernels import loading
 
+FACTOR_BYTES = 4
+
+
+def row_bytes(dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one token and head in a cache of `dtype`; an int8 one holds factors too."""
+    return dim + FACTOR_BYTES if dtype == torch.int8 else dim * dtype.itemsize
+
+
+def empty_cache(num_blocks: int, block_size: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """A cache for keys or values, not zeroed: its pages cost memory only once they are used."""
+    if dtype == torch.int8:
+        return torch.empty(num_blocks, block_size, kv_heads, row_bytes(dim, dtype), dtype=torch.uint8)
+    return torch.empty(num_blocks, block_size, kv_heads, dim, dtype=dtype)
+
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Writes keys and values into the caches, in place.
 
     Args:
         key, value: [T, Hkv, D].
-        k_cache, v_cache: bf16 [num_blocks, block_size, Hkv, D].
+        k_cache, v_cache: [num_blocks, block_size, Hkv, D], bf16 or int8.
         slot_mapping: [T] int64, block * block_size + offset; -1 skips the token.
     """
     if loading.LIBRARY is not None:
@@ -26,7 +42,8 @@ def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_
         return
     kept = slot_mapping >= 0
     for new, cache in ((key, k_cache), (value, v_cache)):
-        cache.flatten(0, 1)[slot_mapping[kept]] = new[kept].to(cache.dtype)
+        rows = _to_int8(new[kept]) if cache.dtype == torch.uint8 else new[kept].to(cache.dtype)
+        cache.flatten(0, 1)[slot_mapping[kept]] = rows
 
 
 def paged_attention(
@@ -42,7 +59,7 @@ def paged_attention(
 
     Args:
         query: [T, H, D]; sequence s owns tokens query_start[s] to query_start[s + 1].
-        k_cache, v_cache: bf16 [num_blocks, block_size, Hkv, D], this step's tokens already stored.
+        k_cache, v_cache: [num_blocks, block_size, Hkv, D], bf16 or int8, this step's tokens already stored.
         block_tables: [S, max_blocks] int32.
         query_start: [S + 1] int32.
         context_lens: [S] int32, tokens in the cache, this step's included.
@@ -59,13 +76,13 @@ def paged_attention(
         if begin == end:
             continue
         blocks = block_tables[s, : -(-length // k_cache.shape[1])].long()
-        keys, values = (cache[blocks].flatten(0, 1)[:length].transpose(0, 1) for cache in (k_cache, v_cache))
+        keys, values = (_floats(cache[blocks].flatten(0, 1)[:length]).transpose(0, 1) for cache in (k_cache, v_cache))
         rows = torch.arange(length - (end - begin), length)[:, None]
         out[begin:end] = (
             F.scaled_dot_product_attention(
                 query[begin:end].transpose(0, 1)[None].float(),
-                keys[None].float(),
-                values[None].float(),
+                keys[None],
+                values[None],
                 attn_mask=torch.arange(length)[None, :] <= rows,
                 scale=scale,
                 enable_gqa=True,
@@ -74,3 +91,21 @@ def paged_attention(
             .to(query.dtype)
         )
     return out
+
+
+def _to_int8(x_THD: Tensor) -> Tensor:
+    """Rows of an int8 cache, uint8 [T, H, D + 4]; those with NaN or infinity get the factor NaN, as in the kernel."""
+    x_THD = x_THD.float()
+    largest = x_THD.abs().amax(-1, keepdim=True)
+    used = largest.isfinite() & (largest >= 1e-35)
+    values = torch.where(used, x_THD * (127 / largest), 0).round().to(torch.int8)
+    factors = torch.where(used, largest / 127, torch.where(largest.isfinite(), 0.0, torch.nan))
+    return torch.cat([values.view(torch.uint8), factors.view(torch.uint8)], dim=-1)
+
+
+def _floats(rows: Tensor) -> Tensor:
+    """The values of a cache's rows [..., D], float32."""
+    if rows.dtype != torch.uint8:
+        return rows.float()
+    values, factors = rows.split((rows.shape[-1] - FACTOR_BYTES, FACTOR_BYTES), dim=-1)
+    return values.view(torch.int8).float() * factors.contiguous().view(torch.float32)

@@ -171,17 +171,29 @@ void check_steps(const Kernels& k, const Kernels& scalar) {
   }
 }
 
-void check_attention(const Kernels& k, const Kernels& scalar) {
+void check_attention(const Kernels& k, const Kernels& scalar, bool scaled) {
   for (int dim : {16, 80, 128})
     for (int queries : {1, 5, 20}) {
       const int heads = 3, block = 16, length = 100, blocks = 7;
       std::vector<float> query(static_cast<size_t>(queries) * heads * dim);
-      std::vector<uint16_t> cache(static_cast<size_t>(blocks) * block * dim);
       for (float& v : query) v = uniform();
-      for (uint16_t& v : cache) v = bf16(uniform());
       const std::vector<int32_t> table{3, 0, 6, 1, 5, 2, 4}, starts{0, queries}, lengths{length};
-      const Attention a{query.data(), cache.data(), cache.data(), table.data(), starts.data(), lengths.data(), Dtype::f32,
-                        heads, 1, dim, block, blocks, heads * dim, 0.3f};
+      Attention a{query.data(), nullptr, nullptr, table.data(), starts.data(), lengths.data(), Dtype::f32,
+                  heads, 1, dim, block, blocks, heads * dim, 0.3f, scaled};
+      std::vector<char> cache(static_cast<size_t>(blocks) * block * a.row_bytes());
+      a.keys = a.values = cache.data();
+      std::vector<float> row(static_cast<size_t>(dim));
+      for (int i = 0; i < blocks * block; ++i) {
+        char* to = cache.data() + static_cast<size_t>(i) * a.row_bytes();
+        float factor;
+        for (float& v : row) v = uniform();
+        if (scaled) {
+          scalar.quantise(row.data(), dim, dim, 1, false, reinterpret_cast<int8_t*>(to), &factor);
+          std::memcpy(to + dim, &factor, sizeof factor);
+        } else {
+          for (int d = 0; d < dim; ++d) reinterpret_cast<uint16_t*>(to)[d] = bf16(row[static_cast<size_t>(d)]);
+        }
+      }
       const AttentionPart part{0, 0, 0, queries, 0, length};
       const size_t rows = static_cast<size_t>(queries * heads + 3) / 4 * 4;
       std::vector<float> memory(attention_floats(dim)), largest(rows), total(rows), ours(rows * dim), expected(rows * dim);
@@ -201,7 +213,7 @@ int main() {
     const Kernels& k = *find_kernels(names.substr(begin, end - begin).c_str());
     check_linears(k, scalar);
     check_steps(k, scalar);
-    check_attention(k, scalar);
+    for (bool scaled : {false, true}) check_attention(k, scalar, scaled);
     std::printf("%s: %s\n", k.name, failures ? "failed" : "ok");
     begin = end + 1;
   }

@@ -70,6 +70,13 @@ def one_by_one(layers: Layers, x: Tensor, caches: list[list[Tensor]], step: list
     return x, residual
 
 
+def filled_cache(blocks: int, dtype: torch.dtype) -> Tensor:
+    cache = attention.empty_cache(blocks, 16, KV_HEADS, DIM, dtype)
+    values = torch.randn(blocks * 16, KV_HEADS, DIM)
+    attention.store_kv(values, values, cache, torch.empty_like(cache), torch.arange(blocks * 16))
+    return cache
+
+
 def make_step(queries: list[int], lengths: list[int], padding: int) -> list[Tensor]:
     """Blocks of 16, in a shuffled order; `padding` tokens that belong to no sequence."""
     needed = [-(-length // 16) for length in lengths]
@@ -95,19 +102,30 @@ def as_one(layers: Layers, x: Tensor, caches: list[list[Tensor]], step: list[Ten
     return torch.ops.halfweight.decoder_layers(x, weights, present, *caches, *step, HEADS, INNER, 1e-5, 0.2)
 
 
-@pytest.mark.parametrize("name", ["sparse24_int4", "sparse24_int8", "sparse24", "int4"])
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [("sparse24_int4", torch.bfloat16), ("sparse24_int4", torch.int8), ("sparse24_int8", torch.bfloat16)]
+    + [(name, torch.bfloat16) for name in ("sparse24", "int4")],
+)
 @pytest.mark.parametrize(("biased", "branched", "normed"), [(False, False, False), (True, True, True)])
 @pytest.mark.parametrize(
     ("queries", "lengths", "padding"), [([1], [1], 0), ([1, 1, 1], [300, 17, 64], 0), ([40, 1, 3], [75, 9, 140], 2)]
 )
 def test_the_same_bits_as_one_by_one(
-    name: str, biased: bool, branched: bool, normed: bool, queries: list[int], lengths: list[int], padding: int
+    name: str,
+    cache: torch.dtype,
+    biased: bool,
+    branched: bool,
+    normed: bool,
+    queries: list[int],
+    lengths: list[int],
+    padding: int,
 ) -> None:
     layers = [make_layer(name, biased, branched, normed, seed) for seed in range(LAYERS)]
     step = make_step(queries, lengths, padding)
     x = torch.randn(sum(queries) + padding, HIDDEN).to(torch.bfloat16)
     blocks = sum(-(-length // 16) for length in lengths)
-    caches = [[torch.randn(blocks, 16, KV_HEADS, DIM).to(torch.bfloat16) for _ in layers] for _ in range(2)]
+    caches = [[filled_cache(blocks, cache) for _ in layers] for _ in range(2)]
     expected_caches = [[cache.clone() for cache in kind] for kind in caches]
     expected = one_by_one(layers, x, expected_caches, step)
     before, threads = [[cache.clone() for cache in kind] for kind in caches], torch.get_num_threads()

@@ -88,6 +88,39 @@ def test_store_kv_writes_the_slots_and_nothing_else(dtype: torch.dtype) -> None:
         attention.store_kv(key, value, *caches, slots + 1)
 
 
+def int8_caches(blocks: int, block_size: int, kv_heads: int, dim: int) -> list[Tensor]:
+    """Filled with random keys and values, of very different sizes from head to head."""
+    caches = [attention.empty_cache(blocks, block_size, kv_heads, dim, torch.int8) for _ in range(2)]
+    tokens = blocks * block_size
+    keys, values = (torch.randn(tokens, kv_heads, dim) * torch.rand(tokens, kv_heads, 1) * 3 for _ in range(2))
+    attention.store_kv(keys, values, *caches, torch.arange(tokens))
+    return caches
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_store_kv_in_int8(dtype: torch.dtype) -> None:
+    key, value = torch.randn(4, 3, 32).to(dtype), torch.randn(4, 3, 32).to(dtype) * 1000
+    key[2, 1], value[1, 0] = 0, 1e-37
+    caches = int8_caches(5, 8, 3, 32)
+    expected = [cache.clone() for cache in caches]
+    slots = torch.tensor([39, 5, 0, -1])
+    attention.store_kv(key, value, *caches, slots)
+    portable(attention.store_kv, key, value, *expected, slots)
+    for ours, theirs in zip(caches, expected, strict=True):  # ties may round differently
+        apart = ours[..., :32].view(torch.int8).int() - theirs[..., :32].view(torch.int8).int()
+        assert int(apart.abs().max()) <= 1 and int(apart.count_nonzero()) < 20
+        assert torch.equal(ours[..., 32:], theirs[..., 32:])
+    rows = caches[0].flatten(0, 1)[39]
+    values, factors = rows[:, :32].view(torch.int8).float(), rows[:, 32:].contiguous().view(torch.float32)
+    assert float(factors.abs().max()) > 0
+    assert float((values * factors - key[0].float()).abs().max()) <= 0.51 * float(factors.max())
+    key[0, 0, 7] = float("nan")
+    attention.store_kv(key, value, *caches, slots)
+    assert caches[0].flatten(0, 1)[39, 0, 32:].contiguous().view(torch.float32).isnan()
+    with pytest.raises(RuntimeError, match="differ in size or dtype"):
+        attention.store_kv(key, value, caches[0], torch.zeros(5, 8, 3, 32).bfloat16(), slots)
+
+
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_attention_matches_torch(data: st.DataObject) -> None:
@@ -104,7 +137,10 @@ def test_attention_matches_torch(data: st.DataObject) -> None:
     tables = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
     for s, n in enumerate(needed):
         tables[s, :n] = blocks[sum(needed[:s]) : sum(needed[:s]) + n]
-    caches = [torch.randn(len(blocks), block_size, kv_heads, dim).to(torch.bfloat16) for _ in range(2)]
+    if data.draw(st.booleans()):
+        caches = int8_caches(len(blocks), block_size, kv_heads, dim)
+    else:
+        caches = [torch.randn(len(blocks), block_size, kv_heads, dim).to(torch.bfloat16) for _ in range(2)]
     starts = torch.tensor([0, *queries]).cumsum(0).int()
     query = torch.randn(int(starts[-1]) + 2, heads, dim).to(dtype)
     arguments = (query, *caches, tables, starts, torch.tensor(lengths, dtype=torch.int32), dim**-0.5)

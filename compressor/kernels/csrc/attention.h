@@ -1,4 +1,5 @@
-// Attention over a paged bf16 cache: blocks of 64 keys, online softmax, fp32 throughout.
+// Attention over a paged cache, bf16 or int8: blocks of 64 keys, online softmax, fp32 throughout. The factors of int8 rows
+// multiply scores, never the rows themselves.
 // Shapes: R rows = queries x query heads of one kv head; D head dimension; 64 keys a block.
 #pragma once
 #include "elementwise.h"
@@ -40,14 +41,30 @@ struct Workspace {
   }
 };
 
-// Where the keys of a block lie in both caches, in elements.
+// A head's row in a cache: what `d` values from `d` on are, one of them, and what multiplies them all.
+struct PlainRow {
+  static constexpr bool kScaled = false;
+  static constexpr size_t kBytes = 2;
+  static HW_INLINE Float load(const char* row, int d) { return Simd::load_bf16(reinterpret_cast<const uint16_t*>(row) + d); }
+  static HW_INLINE float at(const char* row, int d) { return bf16_to_float(reinterpret_cast<const uint16_t*>(row)[d]); }
+  static HW_INLINE float factor(const char*, int) { return 1; }
+};
+struct ScaledRow {
+  static constexpr bool kScaled = true;
+  static constexpr size_t kBytes = 1;
+  static HW_INLINE Float load(const char* row, int d) { return Simd::load_int8(row + d); }
+  static HW_INLINE float at(const char* row, int d) { return static_cast<float>(static_cast<signed char>(row[d])); }
+  static HW_INLINE float factor(const char* row, int dim) { float f; __builtin_memcpy(&f, row + dim, sizeof f); return f; }
+};
+
+// Where the keys of a block lie in both caches, in bytes.
 struct Places {
   int64_t at[kKeys];
   Places(const Attention& a, const int32_t* table, int kv_head, int first, int keys) {
-    const int64_t token = static_cast<int64_t>(a.kv_heads) * a.dim;
+    const int64_t row = static_cast<int64_t>(a.row_bytes()), token = a.kv_heads * row;
     int block = first / a.block_size, offset = first % a.block_size;
     for (int j = 0; j < keys; ++j) {
-      at[j] = (static_cast<int64_t>(table[block]) * a.block_size + offset) * token + static_cast<int64_t>(kv_head) * a.dim;
+      at[j] = (static_cast<int64_t>(table[block]) * a.block_size + offset) * token + kv_head * row;
       if (++offset == a.block_size) offset = 0, ++block;
     }
   }
@@ -55,20 +72,27 @@ struct Places {
 
 // Rows of a head are far apart in the cache: no hardware prefetcher follows them.
 constexpr int kAhead = 16;
-HW_INLINE void prefetch_row(const uint16_t* cache, const Places& places, int j, int keys, int dim) {
-  if (j < keys) for (int d = 0; d < dim; d += 32) Simd::prefetch(cache + places.at[j] + d);
+template <class Row> HW_INLINE void prefetch_row(const char* cache, const Places& places, int j, int keys, int dim) {
+  if (j < keys) for (size_t d = 0; d < static_cast<size_t>(dim) * Row::kBytes; d += 64) Simd::prefetch(cache + places.at[j] + d);
+}
+
+// scores[r][j] *= the factor of key or value j.
+template <class Row> void multiply_by_factors(const char* cache, const Attention& a, const Workspace& w, const Places& places, int keys, int rows) {
+  float factors[kKeys];
+  for (int j = 0; j < keys; ++j) factors[j] = Row::factor(cache + places.at[j], a.dim);
+  for (int r = 0; r < rows; ++r) for (int j = 0; j < keys; ++j) w.scores[r * kKeys + j] *= factors[j];
 }
 
 // Of few rows: one key meets four of them, or one row four keys, so that four sums cross their lanes together.
-void score_few(const Attention& a, const Workspace& w, const Places& places, int keys, int rows) {
+template <class Row> void score_few(const Attention& a, const Workspace& w, const Places& places, int keys, int rows) {
   const int dim = a.dim;
   if (rows == 1) {
     for (int j = 0; j < keys; j += 4) {
       Float sum[4] = {Simd::fzero(), Simd::fzero(), Simd::fzero(), Simd::fzero()};
-      for (int i = 0; i < 4; ++i) prefetch_row(a.keys, places, j + i + kAhead, keys, dim);
+      for (int i = 0; i < 4; ++i) prefetch_row<Row>(a.keys, places, j + i + kAhead, keys, dim);
       for (int d = 0; d < dim; d += Simd::kLanes) {
         const Float query = Simd::fload(w.query + d);
-        for (int i = 0; i < 4; ++i) sum[i] = Simd::fma(Simd::load_bf16(a.keys + places.at[j + i < keys ? j + i : keys - 1] + d), query, sum[i]);
+        for (int i = 0; i < 4; ++i) sum[i] = Simd::fma(Row::load(a.keys + places.at[j + i < keys ? j + i : keys - 1], d), query, sum[i]);
       }
       Simd::reduce_add4(sum[0], sum[1], sum[2], sum[3], w.scores + j);
     }
@@ -78,10 +102,10 @@ void score_few(const Attention& a, const Workspace& w, const Places& places, int
     float* turned = w.keys;  // [keys][4]
     for (int j = 0; j < keys; ++j) {
       Float sum[4] = {Simd::fzero(), Simd::fzero(), Simd::fzero(), Simd::fzero()};
-      const uint16_t* key = a.keys + places.at[j];
-      prefetch_row(a.keys, places, j + kAhead, keys, dim);
+      const char* key = a.keys + places.at[j];
+      prefetch_row<Row>(a.keys, places, j + kAhead, keys, dim);
       for (int d = 0; d < dim; d += Simd::kLanes) {
-        const Float k = Simd::load_bf16(key + d);
+        const Float k = Row::load(key, d);
         for (int i = 0; i < 4; ++i) sum[i] = Simd::fma(k, Simd::fload(w.query + (r + i) * dim + d), sum[i]);
       }
       Simd::reduce_add4(sum[0], sum[1], sum[2], sum[3], turned + 4 * j);
@@ -91,25 +115,30 @@ void score_few(const Attention& a, const Workspace& w, const Places& places, int
 }
 
 // scores[r][j] = query r . key j. With many rows the keys are transposed first, so that lanes are keys.
-void score(const Attention& a, const Workspace& w, const Places& places, int keys, int rows) {
+template <class Row> void score(const Attention& a, const Workspace& w, const Places& places, int keys, int rows) {
   const int dim = a.dim;
-  if (rows <= kFewRows) return score_few(a, w, places, keys, rows);
+  if (rows <= kFewRows) {
+    score_few<Row>(a, w, places, keys, rows);
+    if (Row::kScaled) multiply_by_factors<Row>(a.keys, a, w, places, keys, rows);
+    return;
+  }
   for (int j = 0; j < kKeys; ++j) {
-    const uint16_t* key = a.keys + places.at[j < keys ? j : keys - 1];
-    for (int d = 0; d < dim; ++d) w.keys[d * kKeys + j] = bf16_to_float(key[d]);
+    const char* key = a.keys + places.at[j < keys ? j : keys - 1];
+    const float factor = Row::factor(key, dim);
+    for (int d = 0; d < dim; ++d) w.keys[d * kKeys + j] = Row::at(key, d) * factor;
   }
   for (int i = 0; i < rows * kKeys; ++i) w.scores[i] = 0;
   gemm(w.query, dim, w.keys, kKeys, w.scores, kKeys, (rows + 3) / 4 * 4, dim, kKeys);
 }
 
 // sums[r][d] += sum over j of scores[r][j] * value j [d], for V registers of columns; gemm_block without a copy of the values.
-template <int V> HW_INLINE void weigh_block(const float* scores, const uint16_t* values, const Places& places, int keys, float* sums, int dim) {
+template <class Row, int V> HW_INLINE void weigh_block(const float* scores, const char* values, int at, const Places& places, int keys, float* sums, int dim) {
   Float acc[4][V];
   for (int r = 0; r < 4; ++r) for (int v = 0; v < V; ++v) acc[r][v] = Simd::fload(sums + r * dim + v * Simd::kLanes);
   for (int j = 0; j < keys; ++j) {
-    const uint16_t* value = values + places.at[j];
+    const char* value = values + places.at[j];
     Float row[V];
-    for (int v = 0; v < V; ++v) row[v] = Simd::load_bf16(value + v * Simd::kLanes);
+    for (int v = 0; v < V; ++v) row[v] = Row::load(value, at + v * Simd::kLanes);
     for (int r = 0; r < 4; ++r) {
       const Float x = Simd::fset1(scores[r * kKeys + j]);
       for (int v = 0; v < V; ++v) acc[r][v] = Simd::fma(x, row[v], acc[r][v]);
@@ -117,21 +146,23 @@ template <int V> HW_INLINE void weigh_block(const float* scores, const uint16_t*
   }
   for (int r = 0; r < 4; ++r) for (int v = 0; v < V; ++v) Simd::fstore(sums + r * dim + v * Simd::kLanes, acc[r][v]);
 }
-void weigh(const Attention& a, const Workspace& w, const Places& places, int keys, int rows, float* sums) {
+template <class Row> void weigh(const Attention& a, const Workspace& w, const Places& places, int keys, int rows, float* sums) {
   const int dim = a.dim;
   if (rows > kFewRows) {
     for (int j = 0; j < keys; ++j) {
-      const uint16_t* value = a.values + places.at[j];
-      for (int d = 0; d < dim; ++d) w.values[j * dim + d] = bf16_to_float(value[d]);
+      const char* value = a.values + places.at[j];
+      const float factor = Row::factor(value, dim);
+      for (int d = 0; d < dim; ++d) w.values[j * dim + d] = Row::at(value, d) * factor;
     }
     return gemm(w.scores, kKeys, w.values, dim, sums, dim, rows, keys, dim);
   }
+  if (Row::kScaled) multiply_by_factors<Row>(a.values, a, w, places, keys, rows);
   constexpr int wide = Simd::kLanes == 16 ? 4 : 2;
   for (int r = 0; r < rows; r += 4) {
     int n = 0;
     for (; n + wide * Simd::kLanes <= dim; n += wide * Simd::kLanes)
-      weigh_block<wide>(w.scores + r * kKeys, a.values + n, places, keys, sums + r * dim + n, dim);
-    for (; n < dim; n += Simd::kLanes) weigh_block<1>(w.scores + r * kKeys, a.values + n, places, keys, sums + r * dim + n, dim);
+      weigh_block<Row, wide>(w.scores + r * kKeys, a.values, n, places, keys, sums + r * dim + n, dim);
+    for (; n < dim; n += Simd::kLanes) weigh_block<Row, 1>(w.scores + r * kKeys, a.values, n, places, keys, sums + r * dim + n, dim);
   }
 }
 
@@ -163,7 +194,7 @@ void softmax_row(float* scores, int visible, float* out, int dim, float* largest
 
 // Queries [first, first + count) of a sequence, all heads of kv_head, over keys [begin, end): sums [R][D], not yet divided by
 // `total` [R]; `largest` [R] is the maximum they were taken relative to.
-void attend(const Attention& a, const AttentionPart& part, float* memory, float* sums, float* largest, float* total) {
+template <class Row> void attend_rows(const Attention& a, const AttentionPart& part, float* memory, float* sums, float* largest, float* total) {
   const int dim = a.dim, heads = a.heads / a.kv_heads, rows = part.count * heads;
   const int queries = a.starts[part.sequence + 1] - a.starts[part.sequence];
   const int position = a.lengths[part.sequence] - queries + part.first;  // of the first query
@@ -182,17 +213,20 @@ void attend(const Attention& a, const AttentionPart& part, float* memory, float*
     const int keys = part.key_end - key < kKeys ? part.key_end - key : kKeys;
     const Places places(a, table, part.kv_head, key, keys);
     for (int j = 0; j < keys; ++j) {
-      if (j < kAhead) prefetch_row(a.keys, places, j, keys, dim);
-      prefetch_row(a.values, places, j, keys, dim);
+      if (j < kAhead) prefetch_row<Row>(a.keys, places, j, keys, dim);
+      prefetch_row<Row>(a.values, places, j, keys, dim);
     }
-    score(a, w, places, keys, rows);
+    score<Row>(a, w, places, keys, rows);
     for (int r = rows; r < padded; ++r) for (int j = 0; j < kKeys; ++j) w.scores[r * kKeys + j] = 0;
     for (int r = 0; r < rows; ++r) {
       const int before = position + r / heads + 1 - key;
       softmax_row(w.scores + r * kKeys, before < 0 ? 0 : before < keys ? before : keys, sums + r * dim, dim, largest + r, total + r);
     }
-    weigh(a, w, places, keys, padded, sums);
+    weigh<Row>(a, w, places, keys, padded, sums);
   }
+}
+void attend(const Attention& a, const AttentionPart& part, float* memory, float* sums, float* largest, float* total) {
+  (a.scaled ? attend_rows<ScaledRow> : attend_rows<PlainRow>)(a, part, memory, sums, largest, total);
 }
 
 }  // namespace

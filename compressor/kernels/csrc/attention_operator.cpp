@@ -15,24 +15,26 @@ thread_local Scratch part_scratch, partial_scratch;
 
 void check_caches(const Tensor& keys, const Tensor& values) {
   for (const Tensor* cache : {&keys, &values})
-    if (cache->type() != Type::bf16 || cache->dim() != 4 || !cache->contiguous()) fail("the caches must be contiguous bfloat16 [blocks, block_size, Hkv, D]");
-  if (values.numel() != keys.numel()) fail("the caches differ in size");
+    if ((cache->type() != Type::bf16 && cache->type() != Type::u8) || cache->dim() != 4 || !cache->contiguous())
+      fail("the caches must be contiguous [blocks, block_size, Hkv, D], bfloat16, or uint8 with 4 more bytes a row");
+  if (values.numel() != keys.numel() || values.type() != keys.type()) fail("the caches differ in size or dtype");
 }
 
 Attention attention_over(const Tensor& keys, const Tensor& values, int64_t heads, int64_t dim, Dtype dtype, const Tensor& tables, const Tensor& starts,
                          const Tensor& lengths, double scale) {
   check_caches(keys, values);
+  const bool scaled = keys.type() == Type::u8;
   for (const Tensor* t : {&tables, &starts, &lengths})
     if (t->type() != Type::i32) fail("block_tables, query_start and context_lens must be int32");
-  if (dim != keys.size(3) || dim % 16 || dim > 512 || keys.size(2) < 1 || heads % keys.size(2))
+  if (dim != keys.size(3) - (scaled ? 4 : 0) || dim % 16 || dim > 512 || keys.size(2) < 1 || heads % keys.size(2))
     fail("query must be [T, H, D] with the caches' D, a multiple of 16 up to 512, and H a multiple of Hkv");
   if (heads / keys.size(2) > kAttentionRows) fail("at most %d query heads can share a kv head", kAttentionRows);
   if (tables.dim() != 2 || starts.numel() != tables.size(0) + 1 || lengths.numel() != tables.size(0))
     fail("block_tables is [S, blocks], query_start [S + 1], context_lens [S]");
-  return {nullptr, static_cast<const uint16_t*>(keys.data()), static_cast<const uint16_t*>(values.data()),
+  return {nullptr, static_cast<const char*>(keys.data()), static_cast<const char*>(values.data()),
           static_cast<const int32_t*>(tables.data()), static_cast<const int32_t*>(starts.data()), static_cast<const int32_t*>(lengths.data()),
           dtype, static_cast<int>(heads), static_cast<int>(keys.size(2)), static_cast<int>(dim), static_cast<int>(keys.size(1)),
-          static_cast<int>(tables.size(1)), 0, static_cast<float>(scale)};
+          static_cast<int>(tables.size(1)), 0, static_cast<float>(scale), scaled};
 }
 
 void paged_attention(Value* stack, uint64_t, uint64_t) {

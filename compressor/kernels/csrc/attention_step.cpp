@@ -25,6 +25,17 @@ void check(const Attention& a, int sequences, int64_t tokens, int64_t blocks) {
 
 }  // namespace
 
+void store_heads(const Attention& a, const void* heads, Dtype dtype, char* to, float* memory) {
+  const int64_t width = static_cast<int64_t>(a.kv_heads) * a.dim;
+  if (!a.scaled) return kernels().copy_row(heads, dtype, to, Dtype::bf16, width, memory);
+  float *values = memory, factor;
+  kernels().copy_row(heads, dtype, values, Dtype::f32, width, memory + width);
+  for (int h = 0; h < a.kv_heads; ++h, to += a.row_bytes()) {
+    kernels().quantise(values + static_cast<int64_t>(h) * a.dim, a.dim, a.dim, 1, false, reinterpret_cast<int8_t*>(to), &factor);
+    std::memcpy(to + a.dim, &factor, sizeof factor);
+  }
+}
+
 AttentionStep::AttentionStep(const Attention& a, int sequences, int64_t tokens, int64_t cache_blocks)
     : a_(a), sequences_(sequences), tokens_(tokens) {
   check(a, sequences, tokens, cache_blocks);
@@ -59,7 +70,7 @@ void AttentionStep::place(char* memory) {
   }
 }
 
-void AttentionStep::attend(int64_t n, const uint16_t* keys, const uint16_t* values, char* work) const {
+void AttentionStep::attend(int64_t n, const char* keys, const char* values, char* work) const {
   // From both ends in turn: of a causal prefill the late parts are the long ones.
   const int64_t i = n % 2 ? parts() - 1 - n / 2 : n / 2;
   const Partial& p = partials_[i];

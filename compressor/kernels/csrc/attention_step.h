@@ -6,6 +6,9 @@
 
 namespace halfweight {
 
+// A token's row of all kv heads to its place in a cache: `to`, of heads * row_bytes bytes. memory: 2 * heads * dim floats.
+void store_heads(const Attention& a, const void* heads, Dtype dtype, char* to, float* memory);
+
 class AttentionStep {
  public:
   // a: all but `query`, which may not exist yet, and the caches, which are attend()'s. Fails where tables, starts and lengths do not fit together.
@@ -18,7 +21,7 @@ class AttentionStep {
 
   void set_query(const void* query, int64_t stride) { a_.query = query, a_.query_stride = stride; }
   int64_t parts() const { return static_cast<int64_t>(parts_.size()); }
-  void attend(int64_t part, const uint16_t* keys, const uint16_t* values, char* work) const;
+  void attend(int64_t part, const char* keys, const char* values, char* work) const;
   int64_t jobs() const { return static_cast<int64_t>(jobs_.size()); }
   void merge(int64_t job, void* out, char* row) const;  // out [tokens][heads][dim] in the query's dtype
   // Tokens before the first and behind the last sequence (padding) have no queries: they are 0, not what was in memory.

@@ -94,7 +94,7 @@ struct Layer {
         o(source, s, s.heads * s.dim, s.hidden, "o"),
         mlp_norm(factors(&source.required("mlp_norm"), s.hidden, "mlp_norm")),
         up(source, s, s.hidden, 2 * s.inner, "up"), down(source, s, s.inner, s.hidden, "down"),
-        keys(static_cast<uint16_t*>(k_cache.data())), values(static_cast<uint16_t*>(v_cache.data())) {
+        keys(static_cast<char*>(k_cache.data())), values(static_cast<char*>(v_cache.data())) {
     if ((q_norm.data == nullptr) != (k_norm.data == nullptr)) fail("q_norm and k_norm come together");
   }
   RowsOf attention_norm;
@@ -103,7 +103,7 @@ struct Layer {
   LayerLinear o;
   RowsOf mlp_norm;
   LayerLinear up, down;
-  uint16_t *keys, *values;
+  char *keys, *values;
 };
 
 // Working memory: pieces of one allocation, made before the region begins, for nothing in it may fail.
@@ -144,6 +144,7 @@ struct Buffers {
 
 struct Step {
   Sizes sizes;
+  Attention caches;  // what the caches of all layers have in common
   AttentionStep attention;
   const float* cos_sin;
   const int64_t *positions, *slots;
@@ -163,8 +164,9 @@ void place_token(const Kernels& k, const Layer& layer, const Step& step, const B
   k.rotary({key, s.dtype, 0}, s.kv_heads, s.dim, turn, b.key + t * kv_width * item, 0, floats);
   const int64_t slot = step.slots[t];
   if (slot < 0) return;
-  k.copy_row(b.key + t * kv_width * item, s.dtype, layer.keys + slot * kv_width, Dtype::bf16, kv_width, floats);
-  k.copy_row(value, s.dtype, layer.values + slot * kv_width, Dtype::bf16, kv_width, floats);
+  const int64_t at = slot * s.kv_heads * static_cast<int64_t>(step.caches.row_bytes());
+  store_heads(step.caches, b.key + t * kv_width * item, s.dtype, layer.keys + at, floats);
+  store_heads(step.caches, value, s.dtype, layer.values + at, floats);
 }
 
 // x: the stream without the last block's output `block` (nullptr before the first layer). Leaves both in `stream` and `out`.
@@ -228,13 +230,14 @@ void decoder_layers(Value* stack, uint64_t, uint64_t) {
   const Attention a = attention_over(first_keys, v_caches[0], heads, table.size(1), x.dtype("x"), tables, starts, lengths, scale);
   const Sizes sizes{static_cast<int>(x.size(0)), static_cast<int>(x.size(1)), a.heads, a.kv_heads, a.dim, static_cast<int>(inner), a.dtype, static_cast<float>(eps)};
   check_step(positions, slots, table, sizes.tokens, first_keys.size(0) * first_keys.size(1));
-  Step step{sizes, AttentionStep(a, static_cast<int>(tables.size(0)), sizes.tokens, first_keys.size(0)), static_cast<const float*>(table.data()),
+  Step step{sizes, a, AttentionStep(a, static_cast<int>(tables.size(0)), sizes.tokens, first_keys.size(0)), static_cast<const float*>(table.data()),
             static_cast<const int64_t*>(positions.data()), static_cast<const int64_t*>(slots.data())};
 
   Source source(weights, take<int64_t>(stack[2]));
   std::vector<std::unique_ptr<Layer>> layers;
   for (size_t i = 0; i < count; ++i) {
     check_caches(k_caches[i], v_caches[i]);
+    if (k_caches[i].type() != first_keys.type()) fail("the caches differ in dtype");
     for (int d = 0; d < 4; ++d)
       if (k_caches[i].size(d) != first_keys.size(d)) fail("the caches differ in shape");
     layers.push_back(std::make_unique<Layer>(source, sizes, k_caches[i], v_caches[i]));

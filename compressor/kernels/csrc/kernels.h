@@ -30,8 +30,8 @@ struct Linear {
 
 struct Attention {
   const void* query;        // [tokens][heads][dim], query_stride elements from token to token
-  const uint16_t* keys;     // bf16 [blocks][block_size][kv_heads][dim]
-  const uint16_t* values;
+  const char* keys;         // [blocks][block_size][kv_heads][row]: dim bf16 values or, `scaled`, dim int8 ones and a float factor
+  const char* values;
   const int32_t* tables;    // [sequences][max_blocks]
   const int32_t* starts;    // [sequences + 1]
   const int32_t* lengths;   // [sequences]
@@ -39,6 +39,8 @@ struct Attention {
   int heads, kv_heads, dim, block_size, max_blocks;
   int64_t query_stride;
   float scale;
+  bool scaled;
+  HW_INLINE size_t row_bytes() const { return scaled ? static_cast<size_t>(dim) + sizeof(float) : static_cast<size_t>(dim) * 2; }
 };
 
 constexpr int kAttentionRows = 64;

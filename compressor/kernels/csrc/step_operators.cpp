@@ -2,6 +2,7 @@
 #include <cstring>
 #include <utility>
 
+#include "attention_step.h"
 #include "operators.h"
 #include "scratch.h"
 
@@ -163,7 +164,9 @@ void store_kv(Value* stack, uint64_t, uint64_t) {
   const Tensor key = std::move(key_in).dense_rows(), value = std::move(value_in).dense_rows(), slots = std::move(slots_in).dense();
   check_caches(k_cache, v_cache);
   if (slots.type() != Type::i64) fail("slot_mapping must be int64 [T]");
-  const int64_t tokens = slots.numel(), width = k_cache.size(2) * k_cache.size(3), capacity = k_cache.size(0) * k_cache.size(1);
+  Attention a{};
+  a.scaled = k_cache.type() == Type::u8, a.kv_heads = static_cast<int>(k_cache.size(2)), a.dim = static_cast<int>(k_cache.size(3)) - (a.scaled ? 4 : 0);
+  const int64_t tokens = slots.numel(), width = static_cast<int64_t>(a.kv_heads) * a.dim, capacity = k_cache.size(0) * k_cache.size(1);
   for (const Tensor* source : {&key, &value})
     if (source->dim() != 3 || source->size(0) != tokens || source->size(1) * source->size(2) != width) fail("key and value must be [T, Hkv, D], like the caches");
   const int64_t* slot = static_cast<const int64_t*>(slots.data());
@@ -173,10 +176,10 @@ void store_kv(Value* stack, uint64_t, uint64_t) {
   for (int i = 0; i < 2; ++i) {
     const Dtype dtype = sources[i]->dtype("key and value");
     const char* from = static_cast<const char*>(sources[i]->data());
-    uint16_t* to = static_cast<uint16_t*>(caches[i]->data());
+    char* to = static_cast<char*>(caches[i]->data());
     const int64_t stride = sources[i]->row_stride() * static_cast<int64_t>(dtype_bytes(dtype));
-    for_rows(tokens, width, width, [&](int64_t t, float* memory) {
-      if (slot[t] >= 0) kernels().copy_row(from + t * stride, dtype, to + slot[t] * width, Dtype::bf16, width, memory);
+    for_rows(tokens, width, 2 * width, [&](int64_t t, float* memory) {
+      if (slot[t] >= 0) store_heads(a, from + t * stride, dtype, to + slot[t] * a.kv_heads * static_cast<int64_t>(a.row_bytes()), memory);
     });
   }
 }
