@@ -16,6 +16,7 @@ from typing import Any
 QUANT_METHOD = "halfweight"
 VERSION = 1
 DTYPES = ("bfloat16", "float16")
+KV_CACHE_DTYPES = ("bfloat16", "int8")
 LOW_RANK_DTYPES = ("bfloat16", "int8", "int4")
 _SAFE_PATTERN = re.compile(r"(?:[A-Za-z0-9_-]|\\\.|\\d\+)+")
 
@@ -124,6 +125,11 @@ class QuantizationConfig:
 
     groups: Mapping[str, Group]
     ignore: tuple[str, ...] = ()
+    kv_cache_dtype: str | None = None  # how a server keeps keys and values unless told otherwise; None: its own choice
+
+    def __post_init__(self) -> None:
+        if self.kv_cache_dtype not in (None, *KV_CACHE_DTYPES):
+            raise ValueError(f"kv_cache_dtype must be one of {KV_CACHE_DTYPES} or null, got {self.kv_cache_dtype!r}")
 
     def scheme_of(self, name: str) -> Scheme | None:
         """The scheme of a module, or None where it stays as it was."""
@@ -134,12 +140,13 @@ class QuantizationConfig:
     def to_dict(self) -> dict[str, Any]:
         """The JSON record."""
         groups = {key: {"targets": list(group.targets), **group.scheme.to_dict()} for key, group in self.groups.items()}
-        return {
+        record = {
             "quant_method": QUANT_METHOD,
             "version": VERSION,
             "config_groups": groups,
             "ignore": list(self.ignore),
         }
+        return record if self.kv_cache_dtype is None else record | {"kv_cache_dtype": self.kv_cache_dtype}
 
     @classmethod
     def from_dict(cls, record: object) -> QuantizationConfig:
@@ -153,7 +160,9 @@ class QuantizationConfig:
                 f"this checkpoint has format version {record.get('version')!r}, this halfweight reads version "
                 f"{VERSION}; install the halfweight that wrote it, or compress the model again"
             )
-        unknown = sorted(set(map(str, record)) - {"quant_method", "version", "config_groups", "ignore"})
+        unknown = sorted(
+            set(map(str, record)) - {"quant_method", "version", "config_groups", "ignore", "kv_cache_dtype"}
+        )
         if unknown:
             raise ValueError(f"quantization_config has unknown keys {unknown}")
         groups = record.get("config_groups")
@@ -162,10 +171,11 @@ class QuantizationConfig:
         return cls(
             {str(key): _parse_group(str(key), group) for key, group in groups.items()},
             _parse_targets("ignore", record.get("ignore", [])),
+            record.get("kv_cache_dtype"),
         )
 
     @classmethod
-    def from_schemes(cls, schemes: Mapping[str, Scheme]) -> QuantizationConfig:
+    def from_schemes(cls, schemes: Mapping[str, Scheme], kv_cache_dtype: str | None = None) -> QuantizationConfig:
         """Builds the shortest record for `schemes`: layers that differ only in their numbers share one `re:` target."""
         by_shape: dict[str, dict[str, Scheme]] = {}
         for name, scheme in schemes.items():
@@ -179,7 +189,7 @@ class QuantizationConfig:
                 for name, scheme in members.items():
                     targets.setdefault(scheme, []).append(name)
         groups = {f"group_{i}": Group(tuple(names), scheme) for i, (scheme, names) in enumerate(targets.items())}
-        return cls(groups)
+        return cls(groups, kv_cache_dtype=kv_cache_dtype)
 
 
 def _parse_group(key: str, record: object) -> Group:

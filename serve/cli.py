@@ -87,6 +87,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens computed in one step (512)")
     add("--kv-cache-gb", type=float, metavar="GB", help="memory for keys and values (chosen for the machine)")
     add("--dtype", choices=("bfloat16", "float32"), help="of activations (bfloat16)")
+    add("--kv-cache-dtype", choices=("auto", "bfloat16", "int8"), help="of keys and values (auto: the checkpoint's)")
     add("--threads", type=int, metavar="N", help="threads for computing (all cores)")
     add("--no-prefix-caching", dest="prefix_caching", action="store_false", help="never reuse computed prompts")
     add("--prompt-lookup", type=int, metavar="N", help="guess up to N tokens from the text before, then verify (0)")

@@ -23,6 +23,7 @@ class ServeOptions:
     max_num_batched_tokens: int = 512
     kv_cache_gb: float | None = None
     dtype: str = "bfloat16"
+    kv_cache_dtype: str = "auto"
     threads: int | None = None
     prefix_caching: bool = True
     eager: bool = False

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.kernels import loading
+from compressor.kernels.attention import empty_cache
 from compressor.kernels.fakes import FAKES
 from serve.engine.config import cache_folder
 from serve.engine.models.decoder import Decoder, StepInputs
@@ -77,10 +78,10 @@ def can_compile(decoder: Decoder) -> bool:
     return loading.LIBRARY is not None and decoder.dtype == torch.bfloat16 and decoder.config.head_dim % 16 == 0
 
 
-def program_path(decoder: Decoder, block_size: int) -> Path:
+def program_path(decoder: Decoder, block_size: int, cache_dtype: str) -> Path:
     """Where the program of this model is kept: a name that changes with everything it depends on."""
     digest = hashlib.sha256()
-    digest.update(f"{torch.__version__} {decoder.config} {decoder.dtype} {block_size}".encode())
+    digest.update(f"{torch.__version__} {decoder.config} {decoder.dtype} {block_size} {cache_dtype}".encode())
     for name, buffer in sorted(decoder.named_buffers(remove_duplicate=False)):
         digest.update(f"{name} {tuple(buffer.shape)} {buffer.dtype}".encode())
     for source in SOURCES:
@@ -90,10 +91,10 @@ def program_path(decoder: Decoder, block_size: int) -> Path:
     return cache_folder() / "programs" / f"{digest.hexdigest()[:32]}.pt2"
 
 
-def compile_program(decoder: Decoder, block_size: int, path: Path) -> None:
+def compile_program(decoder: Decoder, block_size: int, cache_dtype: str, path: Path) -> None:
     """Export and compile; takes seconds to minutes, and the compiler's memory."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
-    inputs, dynamic = _example(decoder, block_size)
+    inputs, dynamic = _example(decoder, block_size, cache_dtype)
     with torch.no_grad():
         program = torch.export.export(_Step(decoder), inputs, dynamic_shapes=dynamic, strict=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,7 @@ def compile_program(decoder: Decoder, block_size: int, path: Path) -> None:
         os.replace(package, path)
 
 
-def _example(decoder: Decoder, block_size: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _example(decoder: Decoder, block_size: int, cache_dtype: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """A small step, and which of its sizes vary: tokens, sequences, blocks a sequence, blocks in the cache."""
     step = (
         torch.zeros(4, dtype=torch.int64),
@@ -114,8 +115,8 @@ def _example(decoder: Decoder, block_size: int) -> tuple[tuple[Any, ...], tuple[
         torch.tensor([2, 1, 1], dtype=torch.int32),
     )
     config, vary = decoder.config, torch.export.Dim.AUTO
-    shape = (7, block_size, config.num_kv_heads, config.head_dim)
-    caches = [[torch.zeros(shape, dtype=decoder.dtype) for _ in range(config.num_layers)] for _ in range(2)]
+    cache = empty_cache(7, block_size, config.num_kv_heads, config.head_dim, getattr(torch, cache_dtype))
+    caches = [[torch.zeros_like(cache) for _ in range(config.num_layers)] for _ in range(2)]
     dynamic = ({0: vary}, {0: vary}, {0: vary}, {0: vary, 1: vary}, {0: vary}, {0: vary})
     return (step, *caches), (dynamic, *([{0: vary}] * config.num_layers for _ in range(2)))
 
@@ -123,11 +124,14 @@ def _example(decoder: Decoder, block_size: int) -> tuple[tuple[Any, ...], tuple[
 class BackgroundCompiler:
     """Makes the program in another process; `ready` is called with it, from a thread of its own."""
 
-    def __init__(self, folder: Path, decoder: Decoder, block_size: int, ready: Callable[[CompiledStep], None]) -> None:
-        self.path = program_path(decoder, block_size)
+    def __init__(
+        self, folder: Path, decoder: Decoder, block_size: int, cache_dtype: str, ready: Callable[[CompiledStep], None]
+    ) -> None:
+        self.path = program_path(decoder, block_size, cache_dtype)
         self._decoder = decoder
         self._ready = ready
         command = [sys.executable, "-m", "serve.engine.compiled", str(folder), "--block-size", str(block_size)]
+        command += ["--kv-cache-dtype", cache_dtype]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         self._thread = threading.Thread(target=self._wait, name="compiler", daemon=True)
         self._thread.start()
@@ -156,13 +160,16 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m serve.engine.compiled", description="Compile a model's step.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--kv-cache-dtype", default="bfloat16")
     options = parser.parse_args()
     os.nice(10)
     torch.set_num_threads(1)
     from serve.engine.weights import load_model
 
     decoder = load_model(options.folder).decoder
-    compile_program(decoder, options.block_size, program_path(decoder, options.block_size))
+    assert isinstance(decoder, Decoder)
+    geometry = (options.block_size, options.kv_cache_dtype)
+    compile_program(decoder, *geometry, program_path(decoder, *geometry))
     return 0
 
 

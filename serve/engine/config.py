@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-
-from serve.engine.models.config import ModelConfig
+from typing import Protocol
 
 GIB = 2**30
+CACHE_DTYPES = ("auto", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class EngineConfig:
             a minute or so; False computes every step eagerly.
         compile_in_background: answer eagerly until the program is made, instead of waiting for it.
         dtype: of activations: `bfloat16` or `float32`.
+        kv_cache_dtype: of keys and values: `bfloat16`; `int8` with a factor for each token and head, in which nearly
+            twice as many tokens fit; `auto` is what the checkpoint says, or else `dtype`.
         prompt_lookup: tokens guessed ahead from the sequence itself (see `serve.engine.prompt_lookup`); 0: none.
         deterministic: an answer's bits do not depend on what is computed beside it.
     """
@@ -40,6 +42,7 @@ class EngineConfig:
     compile: bool = True
     compile_in_background: bool = False
     dtype: str = "bfloat16"
+    kv_cache_dtype: str = "auto"
     num_threads: int | None = None
     prompt_lookup: int = 0
     deterministic: bool = False
@@ -59,6 +62,8 @@ class EngineConfig:
             self._check_deterministic()
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
+        if self.kv_cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {self.kv_cache_dtype!r}")
         if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb < 1e6:
             raise ValueError(f"kv_cache_gb must be a positive number of GiB, got {self.kv_cache_gb}")
 
@@ -73,6 +78,16 @@ class EngineConfig:
             )
 
 
+class CacheNeeds(Protocol):
+    """What a model says of its cache."""
+
+    @property
+    def max_positions(self) -> int: ...
+    @property
+    def sliding_window(self) -> int | None: ...
+    def token_bytes(self, cache_dtype: str) -> int: ...
+
+
 @dataclass(frozen=True)
 class CachePlan:
     """How the KV cache is cut."""
@@ -81,6 +96,7 @@ class CachePlan:
     block_size: int
     bytes_per_block: int
     max_model_len: int
+    dtype: str = "bfloat16"
     note: str = ""
 
     @property
@@ -92,27 +108,30 @@ class CachePlan:
         return -(-self.max_model_len // self.block_size)
 
 
-def plan_cache(engine: EngineConfig, model: ModelConfig) -> CachePlan:
-    """Blocks of the KV cache and the longest sequence, so that one such sequence always fits."""
-    element = 2 if engine.dtype == "bfloat16" else 4
-    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * element
+def plan_cache(engine: EngineConfig, model: CacheNeeds, recorded_dtype: str | None = None) -> CachePlan:
+    """Blocks of the KV cache and the longest sequence, so that one such sequence always fits.
+
+    `recorded_dtype` is what the checkpoint says of the cache.
+    """
+    dtype = (recorded_dtype or engine.dtype) if engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype
+    per_token = model.token_bytes(dtype)
     per_block = per_token * engine.block_size
     longest = _longest(engine, model)
     budget = _budget(engine, per_token, longest)
     num_blocks = max(budget // per_block, 1)
     fits = num_blocks * engine.block_size
     if fits >= longest:
-        return CachePlan(num_blocks, engine.block_size, per_block, longest)
+        return CachePlan(num_blocks, engine.block_size, per_block, longest, dtype)
     if engine.max_model_len is not None:
         raise ValueError(
             f"the KV cache holds {fits} tokens ({budget / GIB:.2f} GiB), but --max-model-len is {longest}: "
             f"give --kv-cache-gb {longest * per_token / GIB:.2f} or more, or lower --max-model-len"
         )
     note = f"limited to {fits} tokens of context by the KV cache; --kv-cache-gb raises it"
-    return CachePlan(num_blocks, engine.block_size, per_block, fits, note)
+    return CachePlan(num_blocks, engine.block_size, per_block, fits, dtype, note)
 
 
-def _longest(engine: EngineConfig, model: ModelConfig) -> int:
+def _longest(engine: EngineConfig, model: CacheNeeds) -> int:
     limit = min(model.max_positions, model.sliding_window or model.max_positions)
     if engine.max_model_len is None:
         return limit

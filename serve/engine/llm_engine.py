@@ -23,12 +23,14 @@ from serve.engine.config import EngineConfig, plan_cache
 from serve.engine.detokenizer import TextStream
 from serve.engine.grammar import GrammarCompiler, GrammarError
 from serve.engine.model_runner import ModelRunner
+from serve.engine.models.decoder import Decoder
 from serve.engine.prompt_lookup import PromptLookup
 from serve.engine.sampler import Floats, Sampled, Sampler, logprobs_of
 from serve.engine.sampling_params import SamplingParams
 from serve.engine.scheduler import Scheduled, Scheduler
 from serve.engine.sequence import Sequence, Status, TokenLogprobs
 from serve.engine.tokenizer import Tokenizer
+from serve.engine.transformers_model import TransformersRunner
 from serve.engine.weights import LoadedModel, load_model
 
 logger = logging.getLogger(__name__)
@@ -88,12 +90,14 @@ class LLMEngine:
         self.config = config
         self.loaded = loaded
         self.tokenizer = tokenizer
-        self.plan = plan_cache(config, loaded.config)
+        self.plan = plan_cache(config, loaded.config, loaded.kv_cache_dtype)
         self.eos_token_ids = loaded.eos_token_ids or frozenset(
             () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         )
-        self.runner = ModelRunner(loaded.decoder, self.plan)
-        self.blocks = BlockManager(self.plan.num_blocks, self.plan.block_size, config.prefix_caching)
+        self.runner, shares = self._runner(), isinstance(loaded.decoder, Decoder)
+        if config.prompt_lookup and not shares:
+            raise ValueError(f"--prompt-lookup is not served for {loaded.config.architecture}; leave it out")
+        self.blocks = BlockManager(self.plan.num_blocks, self.plan.block_size, config.prefix_caching and shares)
         self.prompt_lookup = (
             PromptLookup(config.prompt_lookup, self.plan.max_model_len) if config.prompt_lookup else None
         )
@@ -125,29 +129,37 @@ class LLMEngine:
             engine._use_program(folder)
         return engine
 
+    def _runner(self) -> ModelRunner | TransformersRunner:
+        decoder = self.loaded.decoder
+        return ModelRunner(decoder, self.plan) if isinstance(decoder, Decoder) else TransformersRunner(decoder)
+
     def _use_program(self, folder: Path) -> None:
         """Exchange the decoder for its compiled program: at once if that is on disk, else when it is made."""
-        decoder, size = self.loaded.decoder, self.plan.block_size
-        if decoder.fused is not None:
+        decoder, geometry = self.loaded.decoder, (self.plan.block_size, self.plan.dtype)
+        if not isinstance(decoder, Decoder) or decoder.fused is not None:
             return  # all layers are one operator already
         if not can_compile(decoder):
             logger.info("steps stay uncompiled: not all operators of this model have kernels here")
             return
-        path = program_path(decoder, size)
+        path = program_path(decoder, *geometry)
         if path.is_file():
             self._exchange(CompiledStep(path, decoder))
             return
-        self._compiler = BackgroundCompiler(folder, decoder, size, self._exchange)
+        self._compiler = BackgroundCompiler(folder, decoder, *geometry, self._exchange)
         if not self.config.compile_in_background:
             self._compiler.wait()
 
     def _exchange(self, program: CompiledStep) -> None:
+        assert isinstance(self.runner, ModelRunner)
         self.runner.forward = program
 
     @property
     def compiled(self) -> bool:
         """Whether the layers run as native code by now: as one operator, or as a compiled program."""
-        return self.loaded.decoder.fused is not None or self.runner.forward is not self.loaded.decoder
+        runner = self.runner
+        return isinstance(runner, ModelRunner) and (
+            runner.model.fused is not None or runner.forward is not runner.model
+        )
 
     def close(self) -> None:
         """Stop what still runs in the background."""

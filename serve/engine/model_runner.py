@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from compressor.kernels.attention import empty_cache
 from serve.engine.config import CachePlan
 from serve.engine.models.decoder import Decoder, StepInputs
 from serve.engine.scheduler import Scheduled
@@ -23,6 +25,24 @@ logger = logging.getLogger(__name__)
 SCORED_ROWS = 64
 
 
+class Runner(Protocol):
+    """What the engine asks of a model; every method computes in inference mode."""
+
+    def run(self, step: list[Scheduled]) -> Tensor: ...
+    def sample_logits(self, hidden_TC: Tensor, step: list[Scheduled]) -> Tensor: ...
+    def prompt_logits(self, hidden_TC: Tensor, offset: int, count: int) -> list[Tensor]: ...
+
+
+def sampling_rows(step: list[Scheduled]) -> list[int]:
+    """The row of every item that samples: the last token of a sequence, and each draft after it."""
+    rows, end = [], -1
+    for item in step:
+        end += item.count
+        if item.samples:
+            rows.append(end)
+    return rows
+
+
 class ModelRunner:
     def __init__(self, model: Decoder, plan: CachePlan) -> None:
         self.model = model
@@ -31,9 +51,9 @@ class ModelRunner:
         self.forward: Callable[[StepInputs, list[Tensor], list[Tensor]], Tensor] = model
         config = model.config
         shape = (plan.num_blocks, plan.block_size, config.num_kv_heads, config.head_dim)
-        # Not zeroed: the pages cost memory only once they are used.
-        self.k_caches = [torch.empty(shape, dtype=model.dtype) for _ in range(config.num_layers)]
-        self.v_caches = [torch.empty(shape, dtype=model.dtype) for _ in range(config.num_layers)]
+        dtype = getattr(torch, plan.dtype)
+        self.k_caches = [empty_cache(*shape, dtype) for _ in range(config.num_layers)]
+        self.v_caches = [empty_cache(*shape, dtype) for _ in range(config.num_layers)]
 
     @torch.inference_mode()
     def run(self, step: list[Scheduled]) -> Tensor:
@@ -42,12 +62,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def sample_logits(self, hidden_TC: Tensor, step: list[Scheduled]) -> Tensor:
-        """Logits [S', V] of every item that samples: the last token of a sequence, and each draft after it."""
-        rows, end = [], -1
-        for item in step:
-            end += item.count
-            if item.samples:
-                rows.append(end)
+        """Logits [S', V] of every item that samples."""
+        rows = sampling_rows(step)
         if len(rows) < hidden_TC.shape[0]:
             hidden_TC = hidden_TC[rows]
         return self.model.logits(hidden_TC)

@@ -1,7 +1,7 @@
 """The steps of a decoder beside the linears: our kernels, and a reference for float32.
 
-The kernels keep keys and values in bf16. `--dtype float32` is there to compare with, so it keeps them in float32 and
-attends in plain torch, one sequence after the other.
+The kernels keep keys and values in bf16 or int8. `--dtype float32` is there to compare with, so it keeps them in
+float32 and attends in plain torch, one sequence after the other.
 
 Shapes: T tokens of this step, S sequences, H query heads, Hkv key heads, D head size.
 """
@@ -20,7 +20,7 @@ __all__ = ["add_rms_norm", "paged_attention", "rms_norm", "rotary_embedding", "s
 
 def store_kv(key_THD: Tensor, value_THD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Write this step's keys and values to their slots, in place."""
-    if k_cache.dtype == torch.bfloat16:
+    if k_cache.dtype != torch.float32:
         attention.store_kv(key_THD, value_THD, k_cache, v_cache, slot_mapping)
         return
     k_cache.flatten(0, 1)[slot_mapping] = key_THD
@@ -37,7 +37,7 @@ def paged_attention(
     scale: float,
 ) -> Tensor:
     """[T, H, D]: every token attends to its sequence up to itself."""
-    if k_cache.dtype == torch.bfloat16:
+    if k_cache.dtype != torch.float32:
         return attention.paged_attention(query_THD, k_cache, v_cache, block_tables, query_start, context_lens, scale)
     out = torch.empty_like(query_THD)
     starts = query_start.tolist()

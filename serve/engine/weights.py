@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compressor.checkpoint import Checkpoint
 from compressor.compressed_linear import CompressedEmbedding, CompressedLinear, PackedModule, tie
-from serve.engine.models.config import ModelConfig, parse_config
+from serve.engine.models.config import ModelConfig, UnservedError, parse_config
 from serve.engine.models.decoder import MLP, Attention, Decoder, DecoderLayer, Norm
 from serve.engine.models.linears import (
     KernelEmbedding,
@@ -30,22 +30,24 @@ from serve.engine.models.linears import (
 )
 from serve.engine.models.rotary import rotary_table
 from serve.engine.tokenizer import read_json
+from serve.engine.transformers_model import NOTE, TransformersConfig, TransformersModel, load_with_transformers
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    config: ModelConfig
-    decoder: Decoder
+    config: ModelConfig | TransformersConfig
+    decoder: Decoder | TransformersModel
     formats: tuple[str, ...]
     eos_token_ids: frozenset[int]
     generation_defaults: dict[str, Any]
+    kv_cache_dtype: str | None = None  # what the checkpoint says of the cache
 
     @property
     def weight_bytes(self) -> int:
         seen: dict[int, int] = {}
-        for name, buffer in self.decoder.named_buffers():
+        for name, buffer in (*self.decoder.named_buffers(), *self.decoder.named_parameters()):
             if name != "cos_sin":
                 storage = buffer.untyped_storage()
                 seen[storage.data_ptr()] = storage.nbytes() if _owned(buffer) else buffer.nbytes
@@ -55,18 +57,32 @@ class LoadedModel:
 def load_model(folder: Path, dtype: str = "bfloat16", deterministic: bool = False) -> LoadedModel:
     """Read `folder`; ValueError says what is wrong with it. `deterministic`: no token's result depends on others."""
     checkpoint = Checkpoint.open(folder)
-    config = parse_config(checkpoint.config)
-    loader = _Loader(checkpoint, config, getattr(torch, dtype), fixed_rows if deterministic else None)
-    decoder = loader.decoder().eval()
+    decoder, formats = _decoder(checkpoint, getattr(torch, dtype), fixed_rows if deterministic else None)
     checkpoint.close()
     generation = read_json(folder / "generation_config.json")
+    eos = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
     return LoadedModel(
-        config=config,
+        config=decoder.config,
         decoder=decoder,
-        formats=tuple(sorted(loader.formats)),
-        eos_token_ids=_eos(generation.get("eos_token_id", checkpoint.config.get("eos_token_id")), config.vocab_size),
+        formats=formats,
+        eos_token_ids=_eos(eos, decoder.config.vocab_size),
         generation_defaults=generation,
+        kv_cache_dtype=checkpoint.quantization.kv_cache_dtype,
     )
+
+
+def _decoder(
+    checkpoint: Checkpoint, dtype: torch.dtype, wrap: Callable[[nn.Module], nn.Module] | None
+) -> tuple[Decoder | TransformersModel, tuple[str, ...]]:
+    """The model, ours where it knows the architecture, and the formats it is stored in."""
+    try:
+        config = parse_config(checkpoint.config)
+    except UnservedError as reason:
+        model = load_with_transformers(checkpoint, dtype, reason)
+        logger.warning("%s runs %s (%s)", model.config.architecture, NOTE, reason)
+        return model, model.formats
+    loader = _Loader(checkpoint, config, dtype, wrap)
+    return loader.decoder().eval(), tuple(sorted(loader.formats))
 
 
 def _owned(buffer: Tensor) -> bool:

@@ -61,6 +61,7 @@ def load_engine(options: ServeOptions) -> LLMEngine:
         prompt_lookup=options.prompt_lookup,
         deterministic=options.deterministic,
         dtype=options.dtype,
+        kv_cache_dtype=options.kv_cache_dtype,
         num_threads=options.threads,
     )
     return LLMEngine.from_folder(options.folder, config)
@@ -100,7 +101,7 @@ def _summary(options: ServeOptions, engine: LLMEngine, listener: socket.socket, 
         "format": ", ".join(engine.loaded.formats) or engine.config.dtype,
         "kernel": kernels.describe(),
         "weights": f"{engine.weight_bytes / 1e6:.1f} MB in memory",
-        "cache": f"{engine.kv_cache_bytes / 1e6:.0f} MB at most, {tokens} tokens",
+        "cache": f"{engine.kv_cache_bytes / 1e6:.0f} MB at most, {tokens} tokens in {engine.plan.dtype}",
         "context": f"{engine.max_model_len} tokens" + (f", {engine.plan.note}" if engine.plan.note else ""),
         "ready in": f"{seconds:.1f} s",
         "url": url,

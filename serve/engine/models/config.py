@@ -10,6 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from compressor.kernels.attention import row_bytes
+
+
+class UnservedError(ValueError):
+    """The decoder does not know this model; transformers may."""
+
 
 @dataclass(frozen=True)
 class ModuleNames:
@@ -103,6 +111,10 @@ class ModelConfig:
     dtype: str = "bfloat16"
     sliding_window: int | None = None
 
+    def token_bytes(self, cache_dtype: str) -> int:
+        """Bytes of a token's keys and values in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * row_bytes(self.head_dim, getattr(torch, cache_dtype))
+
     @property
     def scale(self) -> float:
         return float(self.head_dim**-0.5)
@@ -112,7 +124,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     architectures = config.get("architectures") or []
     architecture = architectures[0] if isinstance(architectures, list) and architectures else "(none named)"
     if architecture not in ARCHITECTURES:
-        raise ValueError(
+        raise UnservedError(
             f"unsupported architecture {architecture}; the torch runtime serves {', '.join(sorted(ARCHITECTURES))}"
         )
     try:
@@ -157,9 +169,7 @@ def _llama(architecture: str, config: Mapping[str, Any]) -> ModelConfig:
 
 def _gpt2(architecture: str, config: Mapping[str, Any]) -> ModelConfig:
     if config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True):
-        raise ValueError(
-            "this GPT-2 scales its attention unusually (scale_attn_*), which the torch runtime does not know"
-        )
+        raise UnservedError("this GPT-2 scales its attention unusually (scale_attn_*)")
     return ModelConfig(
         architecture=architecture,
         names=GPT2_NAMES,
@@ -189,12 +199,9 @@ def _gpt2(architecture: str, config: Mapping[str, Any]) -> ModelConfig:
 def _opt(architecture: str, config: Mapping[str, Any]) -> ModelConfig:
     hidden = config["hidden_size"]
     if not config.get("do_layer_norm_before", True) or config.get("word_embed_proj_dim", hidden) != hidden:
-        raise ValueError(
-            "this OPT normalises after its blocks or projects its embeddings (as opt-350m does); "
-            "the torch runtime serves the other sizes"
-        )
+        raise UnservedError("this OPT normalises after its blocks or projects its embeddings, as opt-350m does")
     if not config.get("layer_norm_elementwise_affine", True) or config.get("_remove_final_layer_norm"):
-        raise ValueError("this OPT has layer norms without weights, or none at the end, which no published size has")
+        raise UnservedError("this OPT has layer norms without weights, or none at the end, which no published size has")
     bias = bool(config.get("enable_bias", True))
     return ModelConfig(
         architecture=architecture,
@@ -236,7 +243,7 @@ ARCHITECTURES = {
 
 def _activation(name: str, accepted: tuple[str, ...]) -> str:
     if name not in accepted:
-        raise ValueError(f"unsupported activation {name!r}; accepted here: {', '.join(accepted)}")
+        raise UnservedError(f"unsupported activation {name!r}; accepted here: {', '.join(accepted)}")
     return name
 
 
@@ -250,9 +257,11 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     parameters.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in ROPE_KINDS:
-        raise ValueError(f"unsupported rotary scaling {kind!r}; accepted: {', '.join(ROPE_KINDS)}")
+        raise UnservedError(f"unsupported rotary scaling {kind!r}; accepted: {', '.join(ROPE_KINDS)}")
     if kind == "yarn" and parameters.get("mscale"):
-        raise ValueError("unsupported rotary scaling: yarn with mscale, which only models of other architectures use")
+        raise UnservedError(
+            "unsupported rotary scaling: yarn with mscale, which only models of other architectures use"
+        )
     theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
     return Rope(float(theta), kind, parameters)
 

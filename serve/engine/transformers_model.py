@@ -1,0 +1,176 @@
+"""Any other causal language model, through transformers' own modules: slower than the decoder, as right as they are.
+
+A sequence has a cache of transformers' kind and is computed by itself, so a step of many sequences costs as much as
+they do one after the other. The scheduler counts blocks and the sampler picks tokens as for the decoder; what is not
+to be had is sharing computed prefixes and guessing ahead. transformers is imported here and nowhere else in serving.
+
+Shapes: T tokens of the step, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from compressor.checkpoint import Checkpoint
+from compressor.compressed_linear import CompressedEmbedding, CompressedLinear, PackedModule, tie
+from serve.engine.model_runner import sampling_rows
+from serve.engine.scheduler import Scheduled
+from serve.engine.sequence import Sequence
+
+NOTE = "through transformers: slower, one sequence after the other"
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+PROBE = 8  # tokens of the self-check
+
+
+@dataclass(frozen=True)
+class TransformersConfig:
+    """What the engine must know of such a model."""
+
+    architecture: str
+    vocab_size: int
+    max_positions: int
+    bytes_per_token: int
+    sliding_window: int | None = None  # the model's own cache forgets what lies behind it
+
+    def token_bytes(self, cache_dtype: str) -> int:
+        if cache_dtype == "int8":
+            raise ValueError(f"--kv-cache-dtype int8 is not served for {self.architecture}, which runs {NOTE}")
+        return self.bytes_per_token
+
+
+class TransformersModel(nn.Module):
+    """A causal language model of transformers, and its configuration in the engine's words."""
+
+    def __init__(self, model: nn.Module, architecture: str) -> None:
+        super().__init__()
+        self.model = model
+        self._limits_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        config: Any = model.config
+        text = config.get_text_config(decoder=True)
+        positions = [value for name in POSITIONS if isinstance(value := getattr(text, name, None), int)]
+        bytes_per_token = self._check(architecture, text.vocab_size)
+        self.config = TransformersConfig(architecture, text.vocab_size, (*positions, 2048)[0], bytes_per_token)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return tuple(
+            sorted({m.scheme.format if isinstance(m, PackedModule) else "dense" for m in _weighty(self.model)})
+        )
+
+    def new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def logits(self, tokens: list[int], cache: Any, rows: int) -> Tensor:
+        """Float logits [rows, V] after the last `rows` of `tokens`, which follow what `cache` holds and are added."""
+        limit = {"logits_to_keep": rows} if self._limits_logits else {}
+        ids = torch.tensor([tokens])
+        found: Tensor = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **limit).logits
+        return found[0, -rows:].float()
+
+    @torch.inference_mode()
+    def _check(self, architecture: str, vocab_size: int) -> int:
+        """Bytes of cache a token; ValueError unless a text in pieces gives what it gives whole."""
+        if "past_key_values" not in inspect.signature(self.model.forward).parameters:
+            raise ValueError(f"{architecture} keeps no cache of keys and values; the torch runtime cannot serve it")
+        tokens = [(7 * i + 5) % vocab_size for i in range(PROBE)]
+        whole = self.logits(tokens, self.new_cache(), 1)
+        cache = self.new_cache()
+        for part in (tokens[:4], tokens[4:5], tokens[5:]):
+            pieces = self.logits(part, cache, 1)
+        if bool(torch.isfinite(whole).all()) and (pieces - whole).norm() > 0.1 * whole.norm():
+            raise ValueError(f"{architecture} does not go on from its cache exactly; the torch runtime cannot serve it")
+        stored = [t.nbytes for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
+        return max(1, sum(stored) // PROBE)
+
+
+def _weighty(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, PackedModule | nn.Linear | nn.Embedding)]
+
+
+def load_with_transformers(checkpoint: Checkpoint, dtype: torch.dtype, reason: ValueError) -> TransformersModel:
+    """The model of an opened checkpoint; ValueError with `reason`, why the decoder refused it, if nobody knows it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = checkpoint.config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else ""
+    if architecture not in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        raise ValueError(f"{reason}, and whatever causal language model transformers has") from None
+    model = _from_pretrained(checkpoint.folder, dtype).eval()
+    _prepare(model)
+    return TransformersModel(model, architecture)
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    import compressor.hf  # noqa: F401  registers the packed format
+    from compressor.models import quiet_transformers
+
+    try:
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(f"transformers cannot load {folder.name}: {str(error).splitlines()[0]}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
+        raise ValueError(f"{folder.name} has no tensor {missing[0]!r}: the checkpoint is incomplete")
+    return model
+
+
+def _prepare(model: Any) -> None:
+    """Packed weights into their kernels' layout, those of a tied head once."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = (
+        isinstance(embedding, CompressedEmbedding)
+        and isinstance(head, CompressedLinear)
+        and head.tensors["weight_packed"] is embedding.tensors["weight_packed"]
+    )
+    for module in model.modules():
+        if isinstance(module, PackedModule) and not (tied and module is head):
+            module.prepare()
+    if tied:
+        tie(head, embedding)
+
+
+class TransformersRunner:
+    """What `ModelRunner` is to the decoder; hidden states are logits already."""
+
+    def __init__(self, model: TransformersModel) -> None:
+        self.model = model
+        self._caches: WeakKeyDictionary[Sequence, Any] = WeakKeyDictionary()
+
+    @torch.inference_mode()
+    def run(self, step: list[Scheduled]) -> Tensor:
+        """Logits [T, V]; only the rows that somebody will ask for are written, the others cost no memory."""
+        for seq in [seq for seq in self._caches if seq.num_computed == 0]:  # preempted
+            del self._caches[seq]
+        logits_TV = torch.empty(sum(item.count for item in step), self.model.config.vocab_size)
+        end = 0
+        for item in step:
+            end += item.count
+            rows = item.count if item.seq.params.prompt_logprobs is not None else 1
+            cache = self._caches.setdefault(item.seq, self.model.new_cache() if item.start == 0 else None)
+            tokens = item.seq.tokens[item.start : item.start + item.count]
+            logits_TV[end - rows : end] = self.model.logits(tokens, cache, rows)
+        return logits_TV
+
+    def sample_logits(self, hidden_TC: Tensor, step: list[Scheduled]) -> Tensor:
+        return hidden_TC[sampling_rows(step)]
+
+    def prompt_logits(self, hidden_TC: Tensor, offset: int, count: int) -> list[Tensor]:
+        return [hidden_TC[offset : offset + count]]

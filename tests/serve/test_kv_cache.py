@@ -1,0 +1,90 @@
+"""Keys and values in int8: nearly twice the tokens, close answers, and the same care for prefixes and preemption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from compressor.checkpoint import write_manifest
+from compressor.kernels import loading
+from compressor.scheme import QuantizationConfig
+from serve.engine.config import EngineConfig
+from serve.engine.llm_engine import LLMEngine
+from serve.engine.sampling_params import SamplingParams
+from tests.serve.test_engine import prompts
+from tests.serve.test_models import PROMPT, engine_logits
+
+Folder = Callable[[str], Path]
+GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+
+
+def load(folder: Path, **settings: object) -> LLMEngine:
+    return LLMEngine.from_folder(folder, **({"compile": False, "kv_cache_gb": 0.01} | settings))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_close_to_whole_keys_and_values(tiny_folder: Folder, family: str, dtype: str) -> None:
+    whole, small = (load(tiny_folder(family), dtype=dtype, kv_cache_dtype=kind) for kind in ("auto", "int8"))
+    expected, found = engine_logits(whole, PROMPT), engine_logits(small, PROMPT)
+    assert 0 < (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_more_tokens_fit(tiny_folder: Folder) -> None:
+    """Heads of 16 values: 16 + 4 bytes instead of 32; of 64 it would be 68 instead of 128."""
+    whole, small = (load(tiny_folder("llama"), kv_cache_dtype=kind) for kind in ("bfloat16", "int8"))
+    assert small.plan.num_blocks == pytest.approx(whole.plan.num_blocks * 32 / 20, rel=0.01)
+    caches = [*small.runner.k_caches, *small.runner.v_caches]  # type: ignore[union-attr]
+    assert sum(cache.nbytes for cache in caches) == small.kv_cache_bytes <= 0.01 * 2**30
+
+
+def test_shared_prefixes_do_not_change_answers(tiny_folder: Folder) -> None:
+    engine = load(tiny_folder("llama"), kv_cache_dtype="int8", deterministic=True, max_prefill_beside_decode=32)
+    prompt = prompts(1, 100)[0]
+    first, second = (engine.generate([prompt], GREEDY)[0].token_ids for _ in range(2))
+    assert first == second
+    assert engine.blocks.prefix_hits == 96
+
+
+def test_preemption_does_not_change_answers(tiny_folder: Folder) -> None:
+    settings = {"kv_cache_dtype": "int8", "deterministic": True, "max_prefill_beside_decode": 32, "max_model_len": 256}
+    roomy = load(tiny_folder("llama"), **settings)
+    cramped = load(tiny_folder("llama"), **settings, kv_cache_gb=16 * roomy.plan.bytes_per_block / 2**30)
+    alone = [roomy.generate([prompt], GREEDY)[0].token_ids for prompt in prompts(4)]
+    together = [output.token_ids for output in cramped.generate(prompts(4), GREEDY)]
+    assert together == alone
+    assert cramped.scheduler.num_preemptions > 0 and cramped.blocks.num_used == 0
+
+
+@pytest.mark.skipif(loading.LIBRARY is None, reason="the CPU kernels are not installed")
+def test_portable_path_agrees(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load(tiny_folder("llama"), kv_cache_dtype="int8")
+    found = engine_logits(engine, PROMPT)
+    monkeypatch.setattr(loading, "LIBRARY", None)
+    expected = engine_logits(engine, PROMPT)
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_the_checkpoint_says_which(tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = tmp_path / "recorded"
+    shutil.copytree(tiny_folder("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = QuantizationConfig({}, kv_cache_dtype="int8").to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_manifest(folder)
+    assert load(folder).plan.dtype == "int8"
+    assert load(folder, kv_cache_dtype="bfloat16").plan.dtype == "bfloat16"
+    assert load(tiny_folder("llama")).plan.dtype == "bfloat16"
+
+
+def test_unknown_dtypes_are_refused() -> None:
+    with pytest.raises(ValueError, match="kv_cache_dtype must be one of auto, bfloat16, int8, got 'int4'"):
+        EngineConfig(kv_cache_dtype="int4")
+    record = QuantizationConfig({}).to_dict() | {"kv_cache_dtype": "int4"}
+    with pytest.raises(ValueError, match="kv_cache_dtype must be one of"):
+        QuantizationConfig.from_dict(record)
+    assert "kv_cache_dtype" not in QuantizationConfig({}).to_dict()
