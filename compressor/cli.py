@@ -45,6 +45,13 @@ def parser() -> argparse.ArgumentParser:
     flag("--out", default=_env("out"), help="folder to make")
     flag("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one entry of the recipe")
     flag("--budget", default=_env("budget"), help="bound retraining: 90s, 10m, 2h, 500ktok, 2Mtok")
+    flag(
+        "--keep-dense",
+        action="append",
+        default=[],
+        metavar="WHICH",
+        help="do not prune these layers: a name, 're:PATTERN', or auto:5%% for the most sensitive ones",
+    )
     flag("--one-shot", action="store_true", help="leave retraining out")
     flag("--low-memory", action="store_true", help="never hold the model: one weight at a time, without text")
     flag("--dry-run", action="store_true", help="check everything, estimate size, memory and time, and stop")
@@ -85,6 +92,10 @@ def _compress(arguments: Sequence[str]) -> int:
     budget = [f"retraining.budget={options.budget}"] if options.budget else []
     one_shot = ["retraining=null"] if options.one_shot else []
     recipe = load_recipe(options.recipe, [*options.set, *budget, *one_shot])
+    if options.keep_dense:
+        if recipe.sparsity is None:
+            raise ValueError(f"--keep-dense given, but recipe {recipe.name!r} prunes nothing: leave it out")
+        recipe = recipe.keeping_dense(options.keep_dense)
     if options.print_config:
         import yaml
 
@@ -118,7 +129,7 @@ def _dry_run(model: str, recipe: Any, out: str, force: bool, low_memory: bool) -
     formats = sorted({f"{s.format} (group {s.group_size})" for s in plan.schemes.values()})
     print(f"model      {model}: {plan.model_type}, {plan.parameters / 1e6:.1f} M parameters")
     print(f"layers     {len(plan.schemes)} packed: {', '.join(formats)}")
-    print(f"one layer  {try_one_layer(plan, recipe)}")
+    print(f"one layer  {try_one_layer(plan)}")
     print(f"size       {plan.dense_bytes / 1e6:.1f} MB -> about {plan.packed_bytes / 1e6:.1f} MB")
     print(f"memory     about {plan.memory_bytes / 1e9:.1f} GB while compressing")
     print(f"disk       about {plan.disk_bytes / 1e9:.2f} GB for output and resume files")

@@ -3,7 +3,8 @@
     y = (M*W) x + S (X x),   X[i, j] = 1 where floor(j / k) == i
 
 With X fixed, `X x` is a segment sum of the activation and X is never stored. S starts as the mean, over the k
-positions of a segment, of what pruning took away, so every segment sum of W survives. S X cannot be folded into a 2:4
+positions of a segment, of what pruning took away, so every segment sum of W survives; where X is trained, both may
+start from the best rank-R approximation of what pruning took away instead (`svd`). S X cannot be folded into a 2:4
 weight.
 
 Shapes: O out_features, I in_features, k segment, R = I / k.
@@ -15,13 +16,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INITS = ("mean", "sum", "zero")
+INITS = ("mean", "sum", "zero", "svd")
+
+
+def initial_branch(weight_OI: Tensor, mask_OI: Tensor, segment: int, init: str = "mean") -> tuple[Tensor, Tensor]:
+    """S [O, R] and X [R, I] in fp32."""
+    s = initial_s(weight_OI, mask_OI, segment, "zero" if init == "svd" else init)
+    x = segment_matrix(weight_OI.shape[1], segment).to(s.device)
+    if init == "svd":
+        _start_from_svd(s, x, torch.where(mask_OI, 0.0, weight_OI.to(torch.float32)))
+    return s, x
+
+
+def _start_from_svd(s_OR: Tensor, x_RI: Tensor, pruned_OI: Tensor) -> None:
+    """Best S X of rank R, the singular values shared evenly; where O < R the last rows of X stay segment sums."""
+    u, sizes, v = torch.linalg.svd(pruned_OI, full_matrices=False)
+    rank = min(len(x_RI), len(sizes))
+    roots = sizes[:rank].sqrt()
+    s_OR[:, :rank] = u[:, :rank] * roots
+    x_RI[:rank] = roots[:, None] * v[:rank]
 
 
 def initial_s(weight_OI: Tensor, mask_OI: Tensor, segment: int, init: str = "mean") -> Tensor:
-    """S [O, R] in fp32 from the pruned part of a weight."""
-    if init not in INITS:
-        raise ValueError(f"low-rank init {init!r} given; accepted are {', '.join(INITS)}")
+    """S [O, R] in fp32 from the pruned part of a weight, for segment sums."""
+    if init not in INITS[:-1]:
+        raise ValueError(f"low-rank init {init!r} given; accepted are {', '.join(INITS[:-1])}")
     if segment < 1 or weight_OI.shape[1] % segment:
         raise ValueError(
             f"low-rank segment {segment} given for {weight_OI.shape[1]} input features; it must divide them"
@@ -53,18 +72,17 @@ class LowRankBranch(nn.Module):
     Args:
         s: initial S [O, R].
         segment: k.
-        train_projection: train X too, starting from the segment sums.
+        x: the initial projection X [R, I] where it is trained too; without one X takes segment sums.
         int8: let the forward see S on its int8 grid.
     """
 
     def __init__(
-        self, s: Tensor, segment: int, *, dtype: torch.dtype, train_projection: bool = False, int8: bool = True
+        self, s: Tensor, segment: int, *, dtype: torch.dtype, x: Tensor | None = None, int8: bool = True
     ) -> None:
         super().__init__()
         self.segment, self.int8 = segment, int8
         self.s = nn.Parameter(s.to(dtype))
-        x = segment_matrix(s.shape[1] * segment, segment).to(s.device, dtype) if train_projection else None
-        self.x = None if x is None else nn.Parameter(x)
+        self.x = None if x is None else nn.Parameter(x.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., O] from activations [..., I]."""

@@ -21,23 +21,22 @@ from torch import Tensor, nn
 
 from compressor import retraining
 from compressor.awq import apply_awq
-from compressor.calibration import LayerStats, calibrate, calibrate_blocks, weight_of
+from compressor.calibration import LayerStats, calibrate_blocks, weight_of
 from compressor.checkpoint import CheckpointWriter, copy_companions
-from compressor.criteria import CRITERIA
 from compressor.data import TextBlocks, load_text
 from compressor.formats import QuantizedWeight, make_format
 from compressor.formats.low_rank import pack_low_rank
 from compressor.low_rank import LowRankBranch
-from compressor.masks import n_m_mask
 from compressor.model_card import model_card
 from compressor.models import block_linears, fetch_model, load_model, load_tokenizer
 from compressor.output import OutputFolder
 from compressor.preflight import Plan, check
+from compressor.pruning import most_sensitive, prune, sensitivities
 from compressor.quantizers import NEED_HESSIAN, QUANTIZERS, rtn, snap
 from compressor.recipe import Recipe, parse_budget
 from compressor.retraining import TextDistillation, text_loss
 from compressor.scheme import QuantizationConfig, Scheme
-from compressor.solvers import SOLVERS, by_input, prune_blocks
+from compressor.solvers import by_input
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +86,9 @@ def compress(name: str, recipe: Recipe, out: str | Path, *, force: bool = False,
         report("fetch", 1, 1, {})
         result = Result(output.path, check(folder, recipe, output.path))
         text = read_text(folder, recipe, result)
-        sparse = sparsify(load_model(folder), recipe, result.plan, text, report)
+        model = load_model(folder)
+        choose_dense(model, recipe, result, text, report)
+        sparse = sparsify(model, recipe, result.plan, text, report)
         retrain(sparse, folder, recipe, text, result, report)
         transform(sparse, recipe, result.plan, text, report)
         calibrate_quantizer(sparse, recipe, result.plan, text, report)
@@ -120,41 +121,33 @@ def blocks_needed(recipe: Recipe) -> int:
     return max(recipe.quantization.samples, recipe.sparsity.samples if recipe.sparsity else 1)
 
 
+def choose_dense(model: Any, recipe: Recipe, result: Result, text: TextBlocks | None, report: Report) -> None:
+    """Leaves the most sensitive linears dense, where the recipe gives them a share of the weights."""
+    settings, plan = recipe.sparsity, result.plan
+    if settings is None or text is None or settings.dense_share == 0:
+        return
+    linears = {name: module for name, module in block_linears(model).items() if name in plan.schemes}
+    batches = list(text.blocks[: settings.samples].split(8))
+    found = sensitivities(
+        model, batches, linears, plan.shapes, settings.criterion, lambda *progress: report(*progress, {})
+    )
+    sizes = {name: weight_of(module).numel() for name, module in linears.items()}
+    names = most_sensitive(found, sizes, settings.dense_share)
+    result.plan = plan.with_linears(linears, recipe.keeping_dense(names))
+    result.figures["kept_dense"] = ", ".join(names) or "none: every layer is larger than the share"
+
+
 def sparsify(model: Any, recipe: Recipe, plan: Plan, text: TextBlocks | None, report: Report) -> SparseModel:
     """Calibrates, and prunes every planned linear in one shot by the recipe's criterion."""
-    linears = {name: module for name, module in block_linears(model).items() if name in plan.schemes}
     if recipe.sparsity is None:
         return SparseModel(model, {}, {})
+    linears = {name: module for name, module in block_linears(model).items() if name in plan.schemes}
     settings = recipe.sparsity
     batches = [] if text is None else list(text.blocks[: settings.samples].split(8))
-    if settings.criterion in SOLVERS:
-        masks, stats = prune_blocks(
-            model,
-            batches,
-            linears,
-            solver=settings.criterion,
-            progress=lambda done, total: report("prune", done, total, {}),
-        )
-    else:
-        stats = (
-            calibrate(model, batches, linears, progress=lambda done, total: report("calibrate", done, total, {}))
-            if batches
-            else {}
-        )
-        masks = score_masks(linears, stats, settings.criterion, report)
+    masks, stats = prune(
+        model, batches, linears, plan.shapes, settings.criterion, lambda *progress: report(*progress, {})
+    )
     return SparseModel(model, stats, masks)
-
-
-@torch.no_grad()
-def score_masks(
-    linears: Mapping[str, nn.Module], stats: Mapping[str, LayerStats], criterion: str, report: Report
-) -> dict[str, Tensor]:
-    """The 2:4 mask [O, I] of every linear by a criterion's score."""
-    masks: dict[str, Tensor] = {}
-    for done, (name, module) in enumerate(linears.items(), start=1):
-        masks[name] = n_m_mask(CRITERIA[criterion](weight_of(module).float(), stats.get(name)))
-        report("prune", done, len(linears), {})
-    return masks
 
 
 def retrain(
@@ -184,6 +177,7 @@ def retrain(
         method=settings.method,
         validation=validation,
         work_dir=work_folder(result.out),
+        shapes=plan.shapes,
         snap=lambda name, weight: snap_to_grid(sparse, name, weight, plan.schemes[name], recipe),
         progress=lambda step, total, metrics: report("retrain", step, total, _shown(metrics)),
     )
@@ -233,15 +227,17 @@ def calibrate_quantizer(
     done = 0
     for stats in calibrate_blocks(sparse.model, batches, linears, hessian=True):
         for layer, names in by_input(stats):
-            weights = [weight_of(linears[name]).detach() for name in names]
-            heights = [weight.shape[0] for weight in weights]
-            rounded = QUANTIZERS[recipe.quantization.quantizer](torch.cat(weights), layer, plan.schemes[names[0]])
-            parts = zip(weights, rounded.dequantized().split(heights), strict=True)
-            for weight, values in parts:
-                weight.copy_(values)
-            if rounded.scale is not None:
-                sparse.scales |= dict(zip(names, rounded.scale.split(heights), strict=True))
-            done += len(names)
+            for scheme in dict.fromkeys(plan.schemes[name] for name in names):
+                alike = [name for name in names if plan.schemes[name] == scheme]
+                weights = [weight_of(linears[name]).detach() for name in alike]
+                heights = [weight.shape[0] for weight in weights]
+                rounded = QUANTIZERS[recipe.quantization.quantizer](torch.cat(weights), layer, scheme)
+                parts = zip(weights, rounded.dequantized().split(heights), strict=True)
+                for weight, values in parts:
+                    weight.copy_(values)
+                if rounded.scale is not None:
+                    sparse.scales |= dict(zip(alike, rounded.scale.split(heights), strict=True))
+                done += len(alike)
         report("quantise", done, len(linears), {})
 
 

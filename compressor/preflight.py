@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from compressor.compressed_linear import linear_shape
 from compressor.data import ACCEPTED, NAMED
 from compressor.formats import make_format
 from compressor.formats.low_rank import low_rank_spec
-from compressor.masks import n_m_mask
+from compressor.masks import MaskShape
 from compressor.models import block_linears, name_of, skeleton
 from compressor.quantizers import rtn
 from compressor.recipe import Recipe, parse_budget
@@ -45,6 +46,7 @@ class Plan:
         folder: the dense model.
         model_type: transformers' name of the architecture.
         schemes: {module: scheme} of everything that is packed.
+        shapes: {linear: shape of its mask} of everything that is pruned.
         parameters: of the dense model.
         dense_bytes: of the dense model on disk.
         packed_bytes: of the packed weights.
@@ -57,6 +59,7 @@ class Plan:
     folder: Path
     model_type: str
     schemes: dict[str, Scheme]
+    shapes: dict[str, MaskShape]
     parameters: int
     dense_bytes: int
     packed_bytes: int
@@ -64,6 +67,11 @@ class Plan:
     disk_bytes: int
     seconds: float | None
     notes: tuple[str, ...]
+
+    def with_linears(self, linears: Mapping[str, nn.Module], recipe: Recipe) -> Plan:
+        """The plan for another recipe, which treats the same linears differently."""
+        schemes = self.schemes | linear_schemes(linears, recipe)
+        return replace(self, schemes=schemes, shapes=mask_shapes(linears, recipe))
 
 
 def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) -> Plan:
@@ -88,7 +96,7 @@ def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) 
     if recipe.quantization.transform is not None:
         check_awq(str(model.config.model_type))
     schemes = linear_schemes(linears, recipe) | embedding_schemes(model, recipe)
-    plan = _estimate(folder, model, schemes, recipe)
+    plan = _estimate(folder, model, schemes, mask_shapes(linears, recipe), recipe)
     if low_memory:
         plan = replace(plan, memory_bytes=int(_STREAMING_BYTES + plan.dense_bytes / 8))
     _check_machine(plan, out)
@@ -101,16 +109,22 @@ def _check_text(recipe: Recipe) -> None:
         raise ValueError(f"text {source!r} is not there; accepted: {ACCEPTED}")
 
 
-def linear_schemes(linears: dict[str, nn.Module], recipe: Recipe) -> dict[str, Scheme]:
+def linear_schemes(linears: Mapping[str, nn.Module], recipe: Recipe) -> dict[str, Scheme]:
     """The scheme of each linear; raises ValueError naming every layer that cannot take it."""
     shapes = {name: linear_shape(module) for name, module in linears.items()}
-    scheme = recipe.scheme(_group_size(recipe, [in_features for _, in_features in shapes.values()]))
+    group_size = _group_size(recipe.quantization.group_size, [in_features for _, in_features in shapes.values()])
+    schemes: dict[str, Scheme] = {}
     problems: dict[str, list[str]] = {}
     for name, shape in shapes.items():
+        wanted = recipe.overridden(name, "group_size")
+        scheme = recipe.scheme(group_size if wanted is None else _group_size(wanted, [shape[1]]), name)
+        schemes[name] = scheme
         try:
             make_format(scheme).check(*shape)
             if scheme.low_rank is not None:
                 low_rank_spec(scheme.low_rank, *shape)
+            if (mask := recipe.mask_shape(name)) is not None:
+                mask.check_width(shape[1])
         except ValueError as error:
             problems.setdefault(str(error), []).append(name)
     if problems:
@@ -118,11 +132,16 @@ def linear_schemes(linears: dict[str, nn.Module], recipe: Recipe) -> dict[str, S
         raise ValueError(
             "; ".join(lines) + ". Choose another quantization.group_size, or leave these layers dense with 'ignore'."
         )
-    return dict.fromkeys(shapes, scheme)
+    return schemes
 
 
-def _group_size(recipe: Recipe, in_features: list[int]) -> int:
-    wanted = recipe.quantization.group_size
+def mask_shapes(names: Iterable[str], recipe: Recipe) -> dict[str, MaskShape]:
+    """The shape of the mask of each linear that is pruned."""
+    shapes = {name: recipe.mask_shape(name) for name in names}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def _group_size(wanted: int | str, in_features: list[int]) -> int:
     if isinstance(wanted, int):
         return wanted
     fitting = [size for size in _GROUP_SIZES if all(features % size == 0 for features in in_features)]
@@ -139,7 +158,9 @@ def embedding_schemes(model: nn.Module, recipe: Recipe) -> dict[str, Scheme]:
     return {name: Scheme("int8") for name in names if name is not None}
 
 
-def _estimate(folder: Path, model: nn.Module, schemes: dict[str, Scheme], recipe: Recipe) -> Plan:
+def _estimate(
+    folder: Path, model: nn.Module, schemes: dict[str, Scheme], shapes: dict[str, MaskShape], recipe: Recipe
+) -> Plan:
     modules = {name: model.get_submodule(name) for name in schemes}
     parameters = sum(p.numel() for p in model.parameters())
     packed = packed_weights = 0.0
@@ -166,10 +187,29 @@ def _estimate(folder: Path, model: nn.Module, schemes: dict[str, Scheme], recipe
         )
     if parameters < 5e8 and recipe.sparsity is not None and not trained:
         notes.append("a model this small loses much of its quality in one shot; a recipe with retraining wins it back")
+    notes += _sparsity_notes(schemes, shapes, recipe)
     return Plan(
-        folder, model_type, schemes, parameters, dense_bytes, int(packed), int(memory), int(disk),
+        folder, model_type, schemes, shapes, parameters, dense_bytes, int(packed), int(memory), int(disk),
         _seconds(recipe, parameters), tuple(notes),
     )  # fmt: skip
+
+
+def _sparsity_notes(schemes: Mapping[str, Scheme], shapes: Mapping[str, MaskShape], recipe: Recipe) -> list[str]:
+    notes = []
+    densely = [name for name, shape in shapes.items() if not shape.fits_24]
+    if densely:
+        patterns = ", ".join(sorted({str(shapes[name]) for name in densely}))
+        formats = ", ".join(sorted({schemes[name].format for name in densely}))
+        notes.append(
+            f"{len(densely)} layers pruned to {patterns} are stored as {formats}, zeros among the values: the sparse "
+            "formats hold 2:4 and sparser patterns such as 1:4, which are smaller and faster"
+        )
+    if recipe.sparsity is not None and recipe.sparsity.dense_share > 0:
+        notes.append(
+            f"the most sensitive layers, at most {recipe.sparsity.dense_share:.1%} of the weights, are left dense once "
+            "calibration has ranked them; sizes are estimated without them"
+        )
+    return notes
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
@@ -216,19 +256,18 @@ def _check_machine(plan: Plan, out: Path) -> None:
         )
 
 
-def try_one_layer(plan: Plan, recipe: Recipe) -> str:
+def try_one_layer(plan: Plan) -> str:
     """Prunes, quantises, packs and unpacks one real layer; returns a sentence with its shape, size and error."""
     checkpoint = Checkpoint.open(plan.folder)
-    for name, scheme in plan.schemes.items():
-        if f"{name}.weight" in checkpoint.shards and make_format(scheme).sparse == (recipe.sparsity is not None):
-            break
-    else:
+    tried = [name for name in plan.shapes or plan.schemes if f"{name}.weight" in checkpoint.shards]
+    if not tried:
         return "no layer could be tried: the stored names differ from the model's"
+    name, scheme = tried[0], plan.schemes[tried[0]]
     weight = checkpoint.tensor(f"{name}.weight").float()
     if type(skeleton(plan.folder).get_submodule(name)).__name__ == "Conv1D":
         weight = weight.t().contiguous()
     fmt = make_format(scheme)
-    pruned = weight * n_m_mask(weight.abs()) if fmt.sparse else weight
+    pruned = weight * plan.shapes[name].mask(weight.abs()) if name in plan.shapes else weight
     tensors = fmt.pack(rtn(pruned, None, scheme))
     fmt.validate(tensors)
     error = float((fmt.unpack(tensors).float() - pruned).norm() / pruned.norm())

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from compressor.criteria import CRITERIA
+from compressor.criteria import CRITERIA, WITHOUT_TEXT
+from compressor.masks import MaskShape
 from compressor.quantizers import NEED_HESSIAN, QUANTIZERS
 from compressor.retraining import METHODS, AstSettings, Budget, LoopSettings, LowRankSettings
 from compressor.scheme import LowRank, Scheme
@@ -25,6 +26,7 @@ from compressor.solvers import SOLVERS
 
 RECIPES = files("compressor") / "recipes"
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|tok|ktok|Mtok|Gtok)")
+_SHARE = re.compile(r"auto:(\d{1,2}(?:\.\d+)?)\s*%")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 _TOKENS = {"tok": 1, "ktok": 10**3, "Mtok": 10**6, "Gtok": 10**9}
 
@@ -38,6 +40,7 @@ class _Section(BaseModel):
 
 
 S = TypeVar("S", bound=_Section)
+Values = Literal["int4", "int8", "fp8", "bfloat16", "float16"]
 
 
 def _did_you_mean(given: str, accepted: Sequence[str]) -> str:
@@ -49,6 +52,26 @@ def _check_name(section: S, key: str, given: str, accepted: Sequence[str]) -> S:
     if given not in accepted:
         raise ValueError(f"no {key} {given!r}{_did_you_mean(given, accepted)}; accepted: {', '.join(accepted)}")
     return section
+
+
+def _check_targets(targets: Iterable[str]) -> None:
+    for target in targets:
+        try:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(f"{target!r} is no regular expression: {error}") from None
+
+
+def _pattern_text(value: Any) -> Any:
+    """YAML reads a bare 2:4 as a number of base 60."""
+    return f"{value // 60}:{value % 60}" if isinstance(value, int) else value
+
+
+def _matches(targets: Iterable[str], name: str) -> bool:
+    """Whether one of the targets, names or `re:` patterns of a whole name, is this name."""
+    return any(
+        bool(re.fullmatch(target[3:], name)) if target.startswith("re:") else target == name for target in targets
+    )
 
 
 class Text(_Section):
@@ -65,15 +88,60 @@ class Text(_Section):
 class Sparsity(_Section):
     """The starting mask."""
 
-    pattern: Literal["2:4"] = "2:4"
+    pattern: str = "2:4"
+    """`2:4`, another n:m, or unstructured, the share of each layer that is pruned: `50%`. Weights of which more than
+    two of four are kept are stored in a dense format, their zeros among them."""
     criterion: str = "wanda"
-    """Which weights count: `magnitude`, `wanda`, or a solver that also updates the kept weights."""
+    """Which weights count: `magnitude`, `wanda`, a solver that also updates the kept weights, or `given`: the model is
+    pruned already, and its zeros stay."""
     samples: int = Field(default=64, ge=1)
     """Blocks of text that calibration reads."""
+    keep_dense: tuple[str, ...] = ()
+    """Layers that are not pruned: names, `re:` patterns, or `auto:5%`, the most sensitive ones that together hold at
+    most this share of the weights."""
+
+    _pattern = field_validator("pattern", mode="before")(_pattern_text)
+
+    @field_validator("keep_dense", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _known(self) -> Sparsity:
+        MaskShape.parse(self.pattern)
+        _check_targets(target for target in self.keep_dense if not target.startswith("auto:"))
+        for target in self.keep_dense:
+            if target.startswith("auto:") and not _SHARE.fullmatch(target):
+                raise ValueError(f"keep_dense {target!r} is not understood; write a share such as auto:5%")
         return _check_name(self, "criterion", self.criterion, [*CRITERIA, *SOLVERS])
+
+    @property
+    def dense_share(self) -> float:
+        """The share of weights that sensitivity may keep dense."""
+        shares = [float(match[1]) / 100 for target in self.keep_dense if (match := _SHARE.fullmatch(target))]
+        return max(shares, default=0.0)
+
+
+class Override(_Section):
+    """What is different for some layers. Of several overrides of a layer the first that says something counts."""
+
+    layers: tuple[str, ...]
+    """Names, or `re:` patterns that match a whole name."""
+    sparsity: str | None = None
+    """Another pattern, or `dense`: not pruned."""
+    values: Values | None = None
+    """How their weights are stored."""
+    group_size: int | Literal["auto", "row"] | None = None
+
+    _pattern = field_validator("sparsity", mode="before")(_pattern_text)
+
+    @model_validator(mode="after")
+    def _known(self) -> Override:
+        _check_targets(self.layers)
+        if self.sparsity not in (None, "dense"):
+            MaskShape.parse(str(self.sparsity))
+        return self
 
 
 class Retraining(_Section):
@@ -106,7 +174,7 @@ class Retraining(_Section):
 class Quantization(_Section):
     """How the weights are stored."""
 
-    values: Literal["int4", "int8", "fp8", "bfloat16", "float16"] = "int4"
+    values: Values = "int4"
     group_size: int | Literal["auto", "row"] = "auto"
     """Inputs that share one scale. `auto`: the largest of 128, 64, 32 that divides every layer's in_features."""
     quantizer: str = "rtn"
@@ -139,6 +207,8 @@ class Recipe(_Section):
     sparsity: Sparsity | None = None
     retraining: Retraining | None = None
     quantization: Quantization = Quantization()
+    overrides: tuple[Override, ...] = ()
+    """What is different for some layers."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -148,33 +218,50 @@ class Recipe(_Section):
             raise ValueError(
                 "quantization.transform scales inputs that a low-rank branch reads too; leave one of them out"
             )
-        for target in self.ignore:
-            if target.startswith("re:"):
-                re.compile(target[3:])
+        if any(override.sparsity not in (None, "dense") for override in self.overrides) and self.sparsity is None:
+            raise ValueError("an override of sparsity needs a sparsity section, which says how to prune")
+        _check_targets(self.ignore)
         return self
 
     def ignores(self, name: str) -> bool:
         """Whether a layer stays dense."""
-        return any(
-            bool(re.fullmatch(target[3:], name)) if target.startswith("re:") else target == name
-            for target in self.ignore
-        )
+        return _matches(self.ignore, name)
 
-    def scheme(self, group_size: int) -> Scheme:
-        """What each linear of the blocks becomes, at a decided group size."""
-        values = self.quantization.values
+    def overridden(self, name: str, key: Literal["sparsity", "values", "group_size"]) -> Any:
+        """What the overrides say of a layer, or None."""
+        said = (getattr(override, key) for override in self.overrides if _matches(override.layers, name))
+        return next((value for value in said if value is not None), None)
+
+    def mask_shape(self, name: str) -> MaskShape | None:
+        """The shape of a layer's mask, or None where it is not pruned."""
+        if self.sparsity is None or _matches(self.sparsity.keep_dense, name):
+            return None
+        pattern = self.overridden(name, "sparsity") or self.sparsity.pattern
+        return None if pattern == "dense" else MaskShape.parse(pattern)
+
+    def keeping_dense(self, names: Iterable[str]) -> Recipe:
+        """The recipe with further layers left dense."""
+        assert self.sparsity is not None
+        kept = {**self.sparsity.model_dump(), "keep_dense": (*self.sparsity.keep_dense, *names)}
+        return parse_recipe({**self.model_dump(exclude_none=True), "sparsity": kept})
+
+    def scheme(self, group_size: int, name: str = "") -> Scheme:
+        """What a linear of the blocks becomes, at a decided group size."""
+        values = self.overridden(name, "values") or self.quantization.values
         floats = values in ("bfloat16", "float16")
-        sparse = self.sparsity is not None
-        name = ("sparse24" if sparse else "dense") if floats else (f"sparse24_{values}" if sparse else values)
-        low_rank = self.retraining.low_rank if self.retraining is not None else None
+        shape = self.mask_shape(name)
+        sparse = shape is not None and shape.fits_24
+        format_name = ("sparse24" if sparse else "dense") if floats else (f"sparse24_{values}" if sparse else values)
+        low_rank = self.retraining.low_rank if self.retraining is not None and shape is not None else None
         if low_rank is not None and self.quantization.low_rank != "trained":
             low_rank = replace(low_rank, dtype=self.quantization.low_rank)
-        return Scheme(name, -1 if floats else group_size, values if floats else "bfloat16", low_rank)
+        return Scheme(format_name, -1 if floats else group_size, values if floats else "bfloat16", low_rank)
 
     @property
     def uses_text(self) -> bool:
         """Whether any stage reads text."""
-        calibrated = self.sparsity is not None and self.sparsity.criterion != "magnitude"
+        pruning = self.sparsity
+        calibrated = pruning is not None and (pruning.criterion not in WITHOUT_TEXT or pruning.dense_share > 0)
         settings = self.quantization
         rounded = settings.quantizer in NEED_HESSIAN or settings.transform is not None
         return self.retraining is not None or calibrated or rounded
@@ -259,7 +346,8 @@ def _apply(record: dict[str, Any], override: str) -> None:
 def _sentence(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"]) or "recipe"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        accepted = _SECTION_KEYS.get(tuple(problem["loc"][:-1]), [])
+        section = tuple(part for part in problem["loc"][:-1] if not isinstance(part, int))
+        accepted = _SECTION_KEYS.get(section, [])
         return f"unknown key {where!r}{_did_you_mean(str(problem['loc'][-1]), accepted)}; accepted: {accepted}"
     return f"{where}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"[:600]
 
@@ -268,6 +356,7 @@ _SECTION_KEYS: dict[tuple[Any, ...], list[str]] = {
     (): list(Recipe.model_fields),
     ("text",): list(Text.model_fields),
     ("sparsity",): list(Sparsity.model_fields),
+    ("overrides",): list(Override.model_fields),
     ("retraining",): list(Retraining.model_fields),
     ("retraining", "loop"): [field.name for field in fields(LoopSettings)],
     ("retraining", "ast"): [field.name for field in fields(AstSettings)],

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from compressor.calibration import is_conv1d
 from compressor.checkpoint import Checkpoint
-from compressor.criteria import CRITERIA
 from compressor.formats import make_format
-from compressor.masks import n_m_mask
+from compressor.masks import MaskShape
 from compressor.models import fetch_model, skeleton
 from compressor.output import OutputFolder
 from compressor.pipeline import Report, Result, config_of, save_tensors
 from compressor.preflight import Plan, check
+from compressor.pruning import score_mask
 from compressor.quantizers import rtn
 from compressor.recipe import Recipe, check_streamable
 from compressor.scheme import Scheme
@@ -53,7 +53,10 @@ def stored_tensors(plan: Plan, recipe: Recipe, report: Report) -> Iterator[tuple
     for done, (name, scheme) in enumerate(plan.schemes.items(), start=1):
         report("pack", done, len(plan.schemes), {})
         turned = is_conv1d(model.get_submodule(name))
-        blocks = [_pack(rows, scheme, recipe) for rows in _row_blocks(source, f"{name}.weight", turned)]
+        shape = plan.shapes.get(name)
+        whole = turned or not (shape is None or shape.by_row)
+        weights = _row_blocks(source, f"{name}.weight", whole)
+        blocks = [_pack(name, rows.t() if turned else rows, scheme, shape, recipe) for rows in weights]
         for key in blocks[0]:
             yield f"{name}.{key}", torch.cat([block[key] for block in blocks])
         source.close()
@@ -64,19 +67,15 @@ def stored_tensors(plan: Plan, recipe: Recipe, report: Report) -> Iterator[tuple
             source.close()
 
 
-def _row_blocks(source: Checkpoint, name: str, turned: bool) -> Iterator[Tensor]:
-    """A weight [O, I] in blocks of rows, float32. GPT-2 stores it as [I, O]: it is read whole."""
+def _row_blocks(source: Checkpoint, name: str, whole: bool) -> Iterator[Tensor]:
+    """A stored weight in blocks of rows, float32; whole where rows depend on each other, or GPT-2 stores [I, O]."""
     shape = source.shape_of(name)
-    step = max(1, _BLOCK_WEIGHTS // shape[1])
-    if turned:
-        yield source.tensor(name).t().float()
-        return
+    step = shape[0] if whole else max(1, _BLOCK_WEIGHTS // shape[1])
     for start in range(0, shape[0], step):
         yield source.rows(name, start, min(start + step, shape[0])).float()
 
 
-def _pack(weight: Tensor, scheme: Scheme, recipe: Recipe) -> dict[str, Tensor]:
-    fmt = make_format(scheme)
-    if fmt.sparse and recipe.sparsity is not None:
-        weight = weight * n_m_mask(CRITERIA[recipe.sparsity.criterion](weight, None))
-    return fmt.pack(rtn(weight, None, scheme))
+def _pack(name: str, weight: Tensor, scheme: Scheme, shape: MaskShape | None, recipe: Recipe) -> dict[str, Tensor]:
+    if shape is not None and recipe.sparsity is not None:
+        weight = weight * score_mask(name, weight, None, shape, recipe.sparsity.criterion)
+    return make_format(scheme).pack(rtn(weight, None, scheme))

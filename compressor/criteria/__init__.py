@@ -14,6 +14,11 @@ from compressor.criteria import magnitude, wanda
 Criterion = Callable[[Tensor, LayerStats | None], Tensor]
 
 CRITERIA: dict[str, Criterion] = {
+    "given": magnitude.score,
     "magnitude": magnitude.score,
     "wanda": wanda.score,
 }
+"""`given` takes the mask that a weight has: zeros score least, and pruning refuses a weight with too few of them."""
+
+WITHOUT_TEXT = ("given", "magnitude")
+"""Criteria that need no statistics."""

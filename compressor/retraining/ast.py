@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration import weight_of
-from compressor.low_rank import INITS, LowRankBranch, initial_s
+from compressor.low_rank import INITS, LowRankBranch, initial_branch
 from compressor.masks import TWO_OF_FOUR, MaskShape, flip_rate
 from compressor.retraining.optimizers import (
     FORMS,
@@ -47,6 +47,11 @@ class LowRankSettings:
     def __post_init__(self) -> None:
         if self.init not in INITS:
             raise ValueError(f"low-rank init {self.init!r} given; accepted are {', '.join(INITS)}")
+        if self.init == "svd" and not self.projection:
+            raise ValueError(
+                "low-rank init 'svd' starts the projection X too, which must be trained then: set low_rank.projection "
+                "to true, or take init mean, sum or zero"
+            )
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,9 @@ class Ast:
     def _add_branch(
         self, name: str, module: nn.Module, mask: Tensor, settings: LowRankSettings, dtype: torch.dtype
     ) -> None:
-        s = initial_s(weight_of(module).detach(), mask, settings.segment, settings.init)
-        branch = LowRankBranch(
-            s, settings.segment, dtype=dtype, train_projection=settings.projection, int8=settings.int8
-        )
+        s, x = initial_branch(weight_of(module).detach(), mask, settings.segment, settings.init)
+        projection = x if settings.projection else None
+        branch = LowRankBranch(s, settings.segment, dtype=dtype, x=projection, int8=settings.int8)
         self.branches[name] = branch
         self._detach.append(branch.attach(module))
 

@@ -1,51 +1,51 @@
 """One-shot solvers: they choose a mask and change the kept weights to make up for the pruned ones.
 
-A solver maps a weight [O, I] and statistics with a Hessian to (weight, mask); pruned entries of the weight are zero. A
-new one is one file here and one line in SOLVERS.
+A solver maps a weight [O, I], statistics with a Hessian and the mask's shape to (weight, mask); pruned entries of the
+weight are zero. A new one is one file here and one line in SOLVERS.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import LayerStats, Progress, calibrate_blocks, weight_of
+from compressor.calibration import LayerStats, weight_of
+from compressor.masks import MaskShape
 from compressor.solvers import sparsegpt
 
-Solver = Callable[[Tensor, LayerStats], tuple[Tensor, Tensor]]
+Solver = Callable[[Tensor, LayerStats, MaskShape], tuple[Tensor, Tensor]]
 
 SOLVERS: dict[str, Solver] = {"sparsegpt": sparsegpt.solve}
 
 
-def prune_blocks(
-    model: nn.Module,
-    token_batches: Iterable[Tensor],
+def solve_block(
     linears: Mapping[str, nn.Module],
-    *,
+    stats: Mapping[str, LayerStats],
+    shapes: Mapping[str, MaskShape],
     solver: str = "sparsegpt",
-    progress: Progress | None = None,
-) -> tuple[dict[str, Tensor], dict[str, LayerStats]]:
-    """Prune a model in place, block after block; each block is calibrated on the output of the pruned ones before it.
-
-    Returns the masks [O, I] and the statistics of each linear without their Hessians, which live for one block only.
-    """
-    solve = SOLVERS[solver]
+) -> dict[str, Tensor]:
+    """Prune the linears of one block in place; returns the masks [O, I] of those that have a shape."""
     masks: dict[str, Tensor] = {}
-    kept: dict[str, LayerStats] = {}
-    for stats in calibrate_blocks(model, token_batches, linears, hessian=True):
-        for layer, names in by_input(stats):
-            weights = [weight_of(linears[name]).detach() for name in names]
+    for layer, names in by_input(stats):
+        for shape, members in _alike(names, shapes):
+            weights = [weight_of(linears[name]).detach() for name in members]
             heights = [weight.shape[0] for weight in weights]
-            solved, mask = solve(torch.cat(weights), layer)
-            for name, weight, rows, kept_rows in zip(
-                names, weights, solved.split(heights), mask.split(heights), strict=True
-            ):
+            solved, mask = SOLVERS[solver](torch.cat(weights), layer, shape)
+            parts = zip(members, weights, solved.split(heights), mask.split(heights), strict=True)
+            for name, weight, rows, kept_rows in parts:
                 weight.copy_(rows)
-                masks[name], kept[name] = kept_rows.clone(), replace(layer, hessian=None)
-        if progress is not None:
-            progress(len(masks), len(linears))
-    return masks, kept
+                masks[name] = kept_rows.clone()
+    return masks
+
+
+def _alike(names: Sequence[str], shapes: Mapping[str, MaskShape]) -> list[tuple[MaskShape, list[str]]]:
+    """Rows of one input and one shape are solved together, but where the shape is one of the whole layer."""
+    groups: dict[tuple[MaskShape, str], list[str]] = {}
+    for name in names:
+        if shape := shapes.get(name):
+            groups.setdefault((shape, "" if shape.by_row else name), []).append(name)
+    return [(shape, members) for (shape, _), members in groups.items()]
 
 
 def by_input(stats: Mapping[str, LayerStats]) -> list[tuple[LayerStats, list[str]]]:
@@ -54,3 +54,8 @@ def by_input(stats: Mapping[str, LayerStats]) -> list[tuple[LayerStats, list[str
     for name, layer in stats.items():
         groups.setdefault(id(layer), (layer, []))[1].append(name)
     return list(groups.values())
+
+
+def without_hessians(stats: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
+    """The statistics that outlive a block."""
+    return {name: replace(layer, hessian=None) for name, layer in stats.items()}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from compressor.formats.low_rank import low_rank_linear, pack_low_rank
-from compressor.low_rank import LowRankBranch, initial_s, on_int8_grid, segment_matrix
+from compressor.low_rank import LowRankBranch, initial_branch, initial_s, on_int8_grid, segment_matrix
 from compressor.masks import n_m_mask
 from compressor.scheme import LowRank
 
@@ -33,10 +33,26 @@ def test_the_other_inits(pruned: tuple[torch.Tensor, torch.Tensor]) -> None:
         initial_s(weight, mask, 5)
 
 
+@pytest.mark.parametrize("segment", [16, 32, 64])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_best_low_rank_start_is_the_truncated_svd(segment: int, rows: int) -> None:
+    weight = torch.randn(rows, 256, generator=torch.Generator().manual_seed(1))
+    mask = n_m_mask(weight.abs())
+    s, x = initial_branch(weight, mask, segment, "svd")
+    rank = 256 // segment
+    assert s.shape == (rows, rank) and x.shape == (rank, 256)
+    missed = float((weight * ~mask - s @ x).square().sum())
+    sizes = torch.linalg.svdvals(weight * ~mask)
+    assert missed == pytest.approx(float(sizes[rank:].square().sum()), rel=1e-3, abs=1e-6)
+    s_mean, segments = initial_branch(weight, mask, segment)
+    assert torch.equal(segments, segment_matrix(256, segment))
+    assert missed < float((weight * ~mask - s_mean @ segments).square().sum())
+
+
 def test_segment_sums_equal_a_trained_projection_at_its_start() -> None:
     s, x = torch.randn(5, 4), torch.randn(2, 3, 32)
     fixed = LowRankBranch(s, 8, dtype=torch.float32)
-    trained = LowRankBranch(s, 8, dtype=torch.float32, train_projection=True)
+    trained = LowRankBranch(s, 8, dtype=torch.float32, x=segment_matrix(32, 8))
     torch.testing.assert_close(fixed(x), trained(x))
     assert [name for name, _ in fixed.named_parameters()] == ["s"]
     assert trained.x is not None and trained.x.shape == (4, 32)

@@ -86,3 +86,29 @@ def test_ignore_takes_names_and_patterns() -> None:
     assert recipe.ignores("a.b")
     assert recipe.ignores("model.layers.3.k_proj")
     assert not recipe.ignores("a.b.c")
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "length", "warmup", "ramp", "last_decay", "rates", "adam", "loss", "form"),
+    [
+        ("gpt2", 40_000, 1024, 2_000, 10_000, 1e-4, (2e-4, 2e-5), (0.9, 0.95, 0.1, 1.0), (0.67, 2.0), "decoupled"),
+        ("llama", 15_000, 4096, 500, 3_000, 6e-5, (2e-5, 2e-6), (0.9, 0.95, 0.0, 1.0), (1 / 3, 2.0), "coupled"),
+    ],
+)
+def test_the_published_settings_are_those_published(
+    name: str, steps: int, length: int, warmup: int, ramp: int, last_decay: float, rates: tuple[float, float],
+    adam: tuple[float, ...], loss: tuple[float, float], form: str,
+) -> None:  # fmt: skip
+    """The table of the paper and its code: steps of 128 blocks, AdamW, the decay's ramp, CE and KL."""
+    recipe = load_recipe(f"ast-paper-{name}")
+    assert recipe.sparsity is not None and recipe.retraining is not None
+    loop, ast = recipe.retraining.loop, recipe.retraining.ast
+    assert parse_budget(recipe.retraining.budget).tokens == steps * 128 * length
+    assert (loop.batch, recipe.text.length) == (128, length)
+    assert loop.warmup * steps == pytest.approx(warmup, rel=1e-4)
+    assert (loop.learning_rate, loop.learning_rate * loop.final_rate) == pytest.approx(rates)
+    assert (loop.beta1, loop.beta2, loop.weight_decay, loop.clip) == adam
+    assert (loop.kl_weight, loop.temperature) == pytest.approx(loss, rel=1e-4)
+    assert ast.mask_decay_ramp * steps == pytest.approx(ramp)
+    assert (ast.mask_decay, ast.form, ast.refresh_every, ast.masked_start) == (last_decay, form, 10, 1.0)
+    assert (recipe.sparsity.criterion, recipe.sparsity.pattern, ast.low_rank) == ("magnitude", "2:4", None)

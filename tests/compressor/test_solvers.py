@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.pytorch_utils import Conv1D
 
-from compressor.calibration import LayerStats, weight_of
+from compressor.calibration import LayerStats
 from compressor.criteria import CRITERIA
 from compressor.masks import MaskShape, check_mask, check_n_m, n_m_mask
-from compressor.solvers import SOLVERS, prune_blocks
+from compressor.solvers import SOLVERS
 
 
 def correlated(width: int, tokens: int = 500) -> tuple[torch.Tensor, LayerStats]:
@@ -71,18 +69,3 @@ def test_missing_or_foreign_hessians_are_refused() -> None:
         SOLVERS["sparsegpt"](torch.randn(2, 4), LayerStats(torch.ones(4), 1))
     with pytest.raises(ValueError, match="Hessian of 8"):
         SOLVERS["sparsegpt"](torch.randn(2, 4), LayerStats(torch.ones(4), 1, torch.eye(8)))
-
-
-def test_a_whole_model_is_pruned_in_place_block_by_block() -> None:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2, n_positions=32))
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    seen: list[tuple[int, int]] = []
-    masks, stats = prune_blocks(
-        model, [torch.randint(0, 50, (4, 32))], linears, progress=lambda done, total: seen.append((done, total))
-    )
-    assert masks.keys() == stats.keys() == linears.keys() and seen == [(4, 12), (8, 12), (12, 12)]
-    for name, module in linears.items():
-        check_mask(masks[name])
-        assert not bool(weight_of(module)[~masks[name]].any())
-        assert stats[name].hessian is None and stats[name].tokens == 128
