@@ -40,7 +40,7 @@ def test_compiled_steps_equal_eager_ones(
     assert [made.generate([prompt], GREEDY)[0].token_ids for prompt in prompts] == [
         eager.generate([prompt], GREEDY)[0].token_ids for prompt in prompts
     ]
-    assert program_path(eager.loaded.decoder, 16).is_file()
+    assert program_path(eager.loaded.decoder, 16, "bfloat16").is_file()
     script = (
         "import sys; from serve.engine.llm_engine import LLMEngine; "
         f"engine = LLMEngine.from_folder({str(folder)!r}, kv_cache_gb=0.02); assert engine.compiled; "
