@@ -173,7 +173,7 @@ def retrain(
         sparse.masks,
         parse_budget(settings.budget),
         loop=settings.loop,
-        settings=settings.ast,
+        settings=settings.ast if settings.method == "ast" else settings.cast,
         method=settings.method,
         validation=validation,
         work_dir=work_folder(result.out),

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from compressor.criteria import CRITERIA, WITHOUT_TEXT
 from compressor.masks import MaskShape
 from compressor.quantizers import NEED_HESSIAN, QUANTIZERS
-from compressor.retraining import METHODS, AstSettings, Budget, LoopSettings, LowRankSettings
+from compressor.retraining import METHODS, AstSettings, Budget, CastSettings, LoopSettings, LowRankSettings
 from compressor.scheme import LowRank, Scheme
 from compressor.solvers import SOLVERS
 
@@ -156,6 +156,8 @@ class Retraining(_Section):
     """What every method shares: rates, batch, distillation, precision."""
     ast: AstSettings = AstSettings()
     """What AST adds: mask decay and refresh, the low-rank branch."""
+    cast: CastSettings = CastSettings()
+    """What CAST adds: its L1 decay, the row scales."""
 
     @model_validator(mode="after")
     def _known(self) -> Retraining:
@@ -165,7 +167,7 @@ class Retraining(_Section):
     @property
     def low_rank(self) -> LowRank | None:
         """The stored form of the low-rank branch."""
-        branch = self.ast.low_rank
+        branch = self.ast.low_rank if self.method == "ast" else None
         if branch is None:
             return None
         return LowRank(branch.segment, "int8" if branch.int8 else "bfloat16", branch.projection)
@@ -214,7 +216,7 @@ class Recipe(_Section):
     def _consistent(self) -> Recipe:
         if self.retraining is not None and self.sparsity is None:
             raise ValueError("retraining needs a sparsity section: it trains a sparse model")
-        if self.quantization.transform is not None and self.retraining and self.retraining.ast.low_rank is not None:
+        if self.quantization.transform is not None and self.retraining and self.retraining.low_rank is not None:
             raise ValueError(
                 "quantization.transform scales inputs that a low-rank branch reads too; leave one of them out"
             )
@@ -360,6 +362,7 @@ _SECTION_KEYS: dict[tuple[Any, ...], list[str]] = {
     ("retraining",): list(Retraining.model_fields),
     ("retraining", "loop"): [field.name for field in fields(LoopSettings)],
     ("retraining", "ast"): [field.name for field in fields(AstSettings)],
+    ("retraining", "cast"): [field.name for field in fields(CastSettings)],
     ("retraining", "ast", "low_rank"): [field.name for field in fields(LowRankSettings)],
     ("quantization",): list(Quantization.model_fields),
 }

@@ -7,7 +7,7 @@ metrics are the loop's (loop.py).
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from compressor.low_rank import LowRankBranch
 from compressor.masks import MaskShape
 from compressor.retraining.ast import Ast, AstSettings, LowRankSettings, Snap
+from compressor.retraining.cast import Cast, CastSettings
 from compressor.retraining.distillation import text_loss
 from compressor.retraining.loop import (
     LoopSettings,
+    Method,
     NonFiniteError,
     Progress,
     Run,
@@ -37,6 +39,7 @@ __all__ = [
     "METHODS",
     "AstSettings",
     "Budget",
+    "CastSettings",
     "LoopSettings",
     "LowRankSettings",
     "NonFiniteError",
@@ -49,7 +52,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-METHODS = {"ast": Ast}
+METHODS: dict[str, Callable[..., Method]] = {"ast": Ast, "cast": Cast}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def retrain(
     budget: Budget,
     *,
     loop: LoopSettings,
-    settings: AstSettings,
+    settings: AstSettings | CastSettings,
     method: str = "ast",
     validation: Tensor | None = None,
     work_dir: Path | None = None,
@@ -124,7 +127,7 @@ def retrain(
     return _run(run, trainer, before, validation)
 
 
-def _run(run: Run, trainer: Ast, dtype: torch.dtype, validation: Tensor | None) -> RetrainingReport:
+def _run(run: Run, trainer: Method, dtype: torch.dtype, validation: Tensor | None) -> RetrainingReport:
     started = time.monotonic()
     with plain_attention(run.model, run.objective.tokens):
         loss_before = None if validation is None else text_loss(run.model, validation)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from compressor.low_rank import LowRankBranch
 from compressor.retraining.objective import Objective
 from compressor.retraining.optimizers import Trained, gradient_norm
 from compressor.retraining.schedules import Plan, learning_rate
@@ -85,6 +86,9 @@ class LoopSettings:
 class Method(Protocol):
     """What differs from method to method."""
 
+    branches: dict[str, LowRankBranch]
+    """Low-rank branches trained beside the sparse weights, by linear."""
+
     @property
     def trained(self) -> list[Trained]: ...
 
@@ -95,6 +99,10 @@ class Method(Protocol):
     def weights(self) -> dict[str, Tensor]: ...
 
     def quantize_from(self, weights: Mapping[str, Tensor]) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def detach(self) -> None: ...
 
 
 class NonFiniteError(RuntimeError):

@@ -12,7 +12,7 @@ Shapes: O out_features, I in_features, B rows of one block.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +51,8 @@ class Trained:
     momentum: Tensor
     variance: Tensor
     mask: Tensor | None = None
+    prunes: bool = True
+    """Whether the forward sees M*W (straight-through) or all of W."""
     decays: bool = False
     gradient: Tensor | None = field(default=None, repr=False)
     transform: Transform | None = field(default=None, repr=False)
@@ -94,7 +96,7 @@ class Trained:
     @torch.no_grad()
     def publish(self, rows: slice = slice(None)) -> None:
         """Let the forward see the master: masked, and snapped to the packed grid when a transform is set."""
-        values = self.masked(rows)
+        values = self.masked(rows) if self.prunes else self.master[rows]
         if self.transform is not None:
             values = self.transform(values, rows)
         self.visible[rows].copy_(values)
@@ -126,7 +128,7 @@ def _trained(
     master = values.to(torch.float32, copy=True).contiguous()
     decays = settings.weight_decay > 0 and parameter.dim() > 1
     return Trained(
-        name, parameter, transposed, master, torch.zeros_like(master), torch.zeros_like(master), mask, decays
+        name, parameter, transposed, master, torch.zeros_like(master), torch.zeros_like(master), mask, decays=decays
     )
 
 
@@ -136,6 +138,13 @@ def gradient_norm(entries: Iterable[Trained]) -> float:
         torch.linalg.vector_norm(entry.gradient, dtype=torch.float32) for entry in entries if entry.gradient is not None
     ]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Rows that are updated together, so that a dozen passes over them stay in cache."""
+    height = max(1, _BLOCK // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], height):
+        yield slice(start, start + height)
 
 
 @torch.no_grad()
@@ -152,9 +161,7 @@ def adam_step(
     """
     if entry.gradient is None:
         return
-    height = max(1, _BLOCK // max(1, entry.master.shape[1]))
-    for start in range(0, entry.master.shape[0], height):
-        rows = slice(start, start + height)
+    for rows in row_blocks(entry.master):
         _update_rows(entry, entry.gradient[rows], rows, settings, step, rate, decay, scale)
         entry.publish(rows)
     entry.gradient = None
