@@ -15,11 +15,14 @@ from typing import Any
 from benchmarks.measure import QualitySettings, SpeedSettings, in_own_process
 from benchmarks.models import ModelFolder, describe_all
 from benchmarks.record import make_record, parser, write_record
-from benchmarks.training_curve import read_curve
+from compressor.plot import METRICS, read_curve
 
 ROUNDS, QUICK_ROUNDS = 3, 1
 QUALITY_TOKENS, QUICK_QUALITY_TOKENS = 16384, 4096
 QUICK_SPEED = SpeedSettings(prefill_tokens=256, prompt_tokens=64, output_tokens=48, repeats=1)
+
+CURVES = ("total", "kl", "ce", "flip_rate", "learning_rate", "gradient_norm")
+"""What a record keeps of the metrics of retraining."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -84,7 +87,7 @@ def compare(
         ],
         rounds={model.label: speeds[model.label] for model in models},
         perplexity={model.label: losses[model.label] for model in models},
-        training=read_curve(last.folder / "metrics.jsonl"),
+        training=read_curve(last.folder / METRICS, CURVES),
     )
 
 

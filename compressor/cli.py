@@ -19,6 +19,7 @@ _EPILOG = """sub-commands:
   compress verify OUT       checks hashes, 2:4 positions, shapes and finiteness
   compress export OUT --to TARGET --out DIR   writes it for another runtime: dense, compressed-tensors, gptq, onnx, gguf
   compress import DIR --out OUT               makes the checkpoint again out of an export
+  compress plot OUT         draws the retraining, of a run in progress too
   compress fetch MODEL      downloads or converts a model and prints its folder
   compress recipes          lists the recipes that come with halfweight
   compress doctor           which kernel each format would use on this machine
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flag("--one-shot", action="store_true", help="leave retraining out")
     flag("--low-memory", action="store_true", help="never hold the model: one weight at a time, without text")
+    flag("--tensorboard", metavar="DIR", help="also write the metrics of retraining there, for TensorBoard")
     flag("--dry-run", action="store_true", help="check everything, estimate size, memory and time, and stop")
     flag("--print-config", action="store_true", help="print the recipe in full and stop")
     flag("--force", action="store_true", help="replace OUT if it exists")
@@ -108,9 +110,10 @@ def _compress(arguments: Sequence[str]) -> int:
     from compressor.pipeline import compress
     from compressor.progress import reporter
     from compressor.streaming import compress_streaming
+    from compressor.tensorboard import scalars
 
     run = compress_streaming if options.low_memory else compress
-    with reporter() as report:
+    with reporter() as shown, scalars(options.tensorboard, shown) as report:
         result = run(options.model, recipe, options.out, force=options.force, report=report)
     _summary(result)
     return 0
@@ -217,6 +220,20 @@ def _import(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _plot(arguments: Sequence[str]) -> int:
+    result = _folder_parser("plot", "Draw loss, masks, learning rate and speed over the tokens of a retraining.")
+    result.add_argument("--out", type=Path, metavar="FILE", help="SVG file to make (default: OUT-training.svg)")
+    options = result.parse_args(arguments)
+    from compressor.plot import metrics_file, training_page
+
+    folder = options.folder.absolute()
+    page = training_page(metrics_file(folder), folder.name)
+    file = options.out or folder.with_name(f"{folder.name}-training.svg")
+    file.write_text(page)
+    print(file)
+    return 0
+
+
 def _fetch(arguments: Sequence[str]) -> int:
     options = _folder_parser("fetch", "Download or convert a model and print its folder.", "MODEL").parse_args(
         arguments
@@ -257,6 +274,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "verify": _verify,
     "export": _export,
     "import": _import,
+    "plot": _plot,
     "fetch": _fetch,
     "recipes": _recipes,
     "doctor": _doctor,

@@ -199,7 +199,10 @@ def _rounded(value: float | None) -> float | None:
 
 def _shown(metrics: Mapping[str, float]) -> dict[str, Any]:
     """The figures worth watching, shortly named."""
-    names = {"total": "loss", "flip_rate": "flips", "tokens_per_second": "tok/s", "learning_rate": "lr"}
+    names = {
+        "total": "loss", "kl": "KL", "flip_rate": "flips", "mean_kept": "|w| kept", "mean_masked": "|w| masked",
+        "tokens_per_second": "tok/s", "learning_rate": "lr",
+    }  # fmt: skip
     return {short: metrics[name] for name, short in names.items() if name in metrics}
 
 

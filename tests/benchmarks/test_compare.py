@@ -11,7 +11,6 @@ import pytest
 from benchmarks.compare import loss_increase, main
 from benchmarks.models import describe_all
 from benchmarks.table import gain_text, markdown, range_text, value_text
-from benchmarks.training_curve import POINTS, read_curve
 
 
 def rows(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -74,21 +73,6 @@ def test_labels_of_like_models_differ(tiny_llama: Path, tiny_compressed: Path, t
     assert second.disk_bytes == sum(file.stat().st_size for file in other.iterdir())
     with pytest.raises(ValueError, match="the same folder"):
         describe_all([str(tiny_llama), str(other), str(other)])
-
-
-def test_curve_is_thinned_to_means(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    lines = [
-        {"step": i, "tokens": 10 * i, "kl": float(i % 2)} | ({"flip_rate": 0.5} if i == 1 else {})
-        for i in range(1, 601)
-    ]
-    file.write_text("\n".join(map(json.dumps, lines)))
-    points = read_curve(file)
-    assert len(points) == POINTS
-    assert points[-1]["tokens"] == 6000
-    assert points[0]["kl"] == pytest.approx(2 / 3)
-    assert [point.get("flip_rate") for point in points[:2]] == [0.5, None]
-    assert read_curve(tmp_path / "none.jsonl") == []
 
 
 def test_a_compressed_model_is_no_baseline(tiny_compressed: Path, tiny_llama: Path) -> None:

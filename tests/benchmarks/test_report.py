@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.plots import bars, curve, ticks
+from benchmarks.plots import bars, curve
 from benchmarks.report import main, page
+from compressor.svg import ticks
 
 
 def test_page_needs_no_other_file(record: dict[str, Any]) -> None:
