@@ -98,7 +98,7 @@ def packed_tensors(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     if branch is not None:
         generator = torch.Generator().manual_seed(weight.shape[0])
         rank = weight.shape[1] // branch.segment
-        s = 0.02 * torch.randn(weight.shape[0], rank, generator=generator)
+        s = 0.1 * torch.randn(weight.shape[0], rank, generator=generator)
         sums = torch.eye(rank).repeat_interleave(branch.segment, dim=1)
         projection = sums + 0.1 * torch.randn(rank, weight.shape[1], generator=generator)
         stored |= pack_low_rank(branch, s, projection if branch.trained_projection else None)
