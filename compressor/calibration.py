@@ -143,7 +143,7 @@ def calibrate_blocks(
     made to its weights in between reach the blocks behind it. Memory: the hidden states of the
     calibration text and one block's sums."""
     batches = _checked(token_batches)
-    blocks = _blocks_of(model, linears)
+    blocks = blocks_of(model, linears)
     with evaluating(model):
         calls = [_calls_of_blocks(model, list(blocks.values()), batch) for batch in batches]
         hidden = [call[0].hidden for call in calls]
@@ -194,7 +194,7 @@ def _body(model: nn.Module) -> nn.Module:
     return body
 
 
-def _blocks_of(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def blocks_of(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """The transformer blocks: the members of the longest list of modules that holds the linears."""
     lists = {
         name: module

@@ -193,4 +193,4 @@ def check_mask(mask: Tensor, n: int = 2, m: int = 4) -> None:
 def flip_rate(old: Tensor, new: Tensor) -> float:
     """Share of entries whose mask bit changed."""
     changed = old.view(torch.int8) ^ new.view(torch.int8)
-    return float(changed.to(torch.float32).mean())
+    return float(changed.to(torch.float32).sum()) / max(1, changed.numel())

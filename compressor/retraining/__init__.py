@@ -5,6 +5,7 @@ differ in what they train and how a step updates it (ast.py); batches, loss, pre
 metrics are the loop's (loop.py).
 """
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -14,24 +15,29 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from compressor.calibration import blocks_of
 from compressor.low_rank import LowRankBranch
 from compressor.masks import MaskShape
 from compressor.retraining.ast import Ast, AstSettings, LowRankSettings, Snap
 from compressor.retraining.cast import Cast, CastSettings
 from compressor.retraining.distillation import text_loss
+from compressor.retraining.distribution import distribution, shard
 from compressor.retraining.loop import (
     LoopSettings,
     Method,
-    NonFiniteError,
     Progress,
     Run,
+    checkpointed,
     compute_dtype,
     identity_of,
     plain_attention,
+    training_device,
 )
 from compressor.retraining.objective import Objective
 from compressor.retraining.optimizers import AdamSettings
+from compressor.retraining.rollback import DivergedError
 from compressor.retraining.schedules import Budget, Plan
+from compressor.retraining.shards import whole
 from compressor.retraining.snapshots import Snapshots
 from compressor.retraining.text import TextDistillation
 
@@ -40,9 +46,9 @@ __all__ = [
     "AstSettings",
     "Budget",
     "CastSettings",
+    "DivergedError",
     "LoopSettings",
     "LowRankSettings",
-    "NonFiniteError",
     "Objective",
     "RetrainingReport",
     "TextDistillation",
@@ -98,14 +104,25 @@ def retrain(
         progress: called after every step with the step, the total and the step's metrics.
     """
     _check(linears, masks, method)
-    device = next(model.parameters()).device
+    spread = distribution(loop.distribution)
+    if spread.sharded and loop.quantize_share:
+        raise ValueError("quantize_share needs all rows of a weight, which fsdp divides; use ddp, or quantize_share 0")
+    given, names = model, list(linears)
+    home, device = next(model.parameters()).device, training_device()
+    model = model.to(device)
     before, dtype = next(model.parameters()).dtype, compute_dtype(loop.precision, device)
     record = {"loop": asdict(loop), "settings": asdict(settings), "method": method, "budget": asdict(budget)}
     snapshots = None
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)
         identity = identity_of(model, masks, objective, record)
-        snapshots = Snapshots(work_dir / "snapshots", identity, loop.keep_checkpoints)
+        parts = spread.world if spread.sharded else 1
+        snapshots = Snapshots(work_dir / "snapshots", identity, loop.keep_checkpoints, spread.rank, parts, spread.wait)
+    blocks = blocks_of(model, linears)
+    if spread.sharded:
+        model = copy.deepcopy(model)
+        shard(model, [model.get_submodule(name) for name in blocks])
+        linears = {name: model.get_submodule(name) for name in names}
     adam = AdamSettings(loop.beta1, loop.beta2, loop.eps, loop.weight_decay)
     dense = _dense_parameters(model, linears, loop.train)
     model.eval().requires_grad_(False)
@@ -123,8 +140,16 @@ def retrain(
         snapshots,
         None if work_dir is None else work_dir / "metrics.jsonl",
         progress,
+        spread,
     )
-    return _run(run, trainer, before, validation)
+    with checkpointed([model.get_submodule(name) for name in blocks], loop.checkpoint_activations):
+        report = _run(run, trainer, before, validation)
+    if model is not given:
+        with torch.no_grad():
+            for target, source in zip(given.parameters(), model.parameters(), strict=True):
+                target.copy_(whole(source))
+    given.to(home)
+    return report
 
 
 def _run(run: Run, trainer: Method, dtype: torch.dtype, validation: Tensor | None) -> RetrainingReport:

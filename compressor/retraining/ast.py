@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import weight_of
+from compressor.calibration import is_conv1d, weight_of
 from compressor.low_rank import INITS, LowRankBranch, initial_branch
 from compressor.masks import TWO_OF_FOUR, MaskShape, flip_rate
 from compressor.retraining.optimizers import (
@@ -30,6 +30,7 @@ from compressor.retraining.optimizers import (
     train_linear,
 )
 from compressor.retraining.schedules import ramp
+from compressor.retraining.shards import is_sharded, shard_like, whole
 
 # From a linear's name and its M*W [O, I], what the forward is to see of it once it is quantised.
 Snap = Callable[[str, Tensor], Transform]
@@ -101,10 +102,11 @@ class Ast:
         self.branches: dict[str, LowRankBranch] = {}
         self._detach: list[Callable[[], None]] = []
         for name, module in linears.items():
-            mask = masks[name].clone()
-            self.shapes[name].check(mask)
+            self.shapes[name].check(masks[name])
+            mask = masks[name].to(module.weight.device, copy=True)
             if settings.low_rank is not None:
                 self._add_branch(name, module, mask, settings.low_rank, dtype)
+            mask = own_part(name, mask, module, self.shapes[name])
             module.register_buffer("weight_mask", mask, persistent=False)
             entry = train_linear(f"{name}.weight", module, mask, adam)
             kept = entry.kept()
@@ -121,7 +123,7 @@ class Ast:
     def _add_branch(
         self, name: str, module: nn.Module, mask: Tensor, settings: LowRankSettings, dtype: torch.dtype
     ) -> None:
-        s, x = initial_branch(weight_of(module).detach(), mask, settings.segment, settings.init)
+        s, x = initial_branch(whole(weight_of(module).detach()), mask, settings.segment, settings.init)
         projection = x if settings.projection else None
         branch = LowRankBranch(s, settings.segment, dtype=dtype, x=projection, int8=settings.int8)
         self.branches[name] = branch
@@ -199,3 +201,10 @@ class Ast:
             del module.weight_mask
         for detach in self._detach:
             detach()
+
+
+def own_part(name: str, mask: Tensor, module: nn.Module, shape: MaskShape) -> Tensor:
+    """The part of a mask that goes with this process's part of the weight."""
+    if is_sharded(module.weight) and not shape.by_row:  # type: ignore[arg-type]
+        raise ValueError(f"{name}: a {shape} mask compares weights of the whole layer, which fsdp divides; use ddp")
+    return shard_like(mask, module.weight, is_conv1d(module))  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from compressor.low_rank import LowRankBranch
 from compressor.masks import TWO_OF_FOUR, MaskShape, flip_rate
-from compressor.retraining.ast import Snap
+from compressor.retraining.ast import Snap, own_part
 from compressor.retraining.optimizers import AdamSettings, Trained, adam_step, row_blocks, train_dense, train_linear
 
 
@@ -71,7 +71,8 @@ class Cast:
         self.scales: dict[str, Trained] = {}
         for name, module in linears.items():
             self.shapes[name].check(masks[name])
-            entry = train_linear(f"{name}.weight", module, masks[name].clone(), adam)
+            mask = own_part(name, masks[name].to(module.weight.device, copy=True), module, self.shapes[name])
+            entry = train_linear(f"{name}.weight", module, mask, adam)
             entry.prunes = False
             if settings.row_parts:
                 self._add_scale(name, entry)

@@ -9,21 +9,24 @@ off: at these budgets a compressed model has nothing to overfit with.
 import hashlib
 import json
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from compressor.low_rank import LowRankBranch
+from compressor.retraining.distribution import STRATEGIES, Distribution
 from compressor.retraining.objective import Objective
-from compressor.retraining.optimizers import Trained, gradient_norm
+from compressor.retraining.optimizers import Trained
+from compressor.retraining.rollback import DivergedError, Guard
 from compressor.retraining.schedules import Plan, learning_rate
 from compressor.retraining.snapshots import Snapshots
 
@@ -34,6 +37,10 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 # Up to this many tokens in a block, plain attention is faster on a CPU than the fused kernel, whose backward is slow.
 _SHORT_BLOCK = 512
+
+_RATE_CUT = 0.5
+# A snapshot is written at most so often that it takes a twentieth of the time between two.
+_CHECKPOINT_SHARE = 20.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,13 @@ class LoopSettings:
         kl_weight: a in a*KL + (1-a)*CE; 0 needs no teacher.
         quantize_share: the last share of the budget, in which the forward sees the packed values.
         train: "blocks" (sparse weights, norms, biases) or "all" (embeddings and head too).
-        checkpoint_minutes: between snapshots of the run, when there is a work folder.
+        checkpoint_minutes: between snapshots of the run, when there is a work folder; more where writing one takes
+            over 5 % of that.
+        rollbacks: how often a run whose loss is not finite or explodes goes back to a snapshot, each time at half the
+            rate, before it stops.
+        explosion: a loss is bad above so many times the median of the steps before; 0 turns that off.
+        distribution: "ddp" or "fsdp" where a launcher started several processes; "auto": as the launcher was told.
+        checkpoint_activations: compute each block again in the backward pass instead of keeping what is inside it.
     """
 
     learning_rate: float = 3e-4
@@ -68,6 +81,10 @@ class LoopSettings:
     precision: str = "auto"
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
+    rollbacks: int = 3
+    explosion: float = 3.0
+    distribution: str = "auto"
+    checkpoint_activations: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +92,10 @@ class LoopSettings:
             raise ValueError(f"precision {self.precision!r} given; accepted are {', '.join(PRECISIONS)}")
         if self.train not in ("blocks", "all"):
             raise ValueError(f"train {self.train!r} given; accepted are blocks, all")
+        if self.distribution not in STRATEGIES:
+            raise ValueError(f"distribution {self.distribution!r} given; accepted are {', '.join(STRATEGIES)}")
+        if self.rollbacks < 0 or self.explosion < 0 or self.keep_checkpoints < 1:
+            raise ValueError("rollbacks and explosion must not be negative, keep_checkpoints be at least 1")
         if self.batch < 1 or (self.micro_batch is not None and self.batch % self.micro_batch):
             raise ValueError(f"batch {self.batch} must be a multiple of micro_batch {self.micro_batch}")
         if not 0 <= self.kl_weight <= 1 or self.temperature <= 0:
@@ -105,10 +126,6 @@ class Method(Protocol):
     def detach(self) -> None: ...
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient is NaN or infinite; raised before the weights are touched."""
-
-
 @dataclass
 class Run:
     """One training run in progress."""
@@ -121,24 +138,54 @@ class Run:
     snapshots: Snapshots | None = None
     metrics_file: Path | None = None
     progress: Progress | None = None
+    distribution: Distribution = field(default_factory=Distribution)
     step: int = 0
     quantized: bool = False
     trained_tokens: int = 0
     last: dict[str, float] = field(default_factory=dict)
+    guard: Guard = field(init=False)
+
+    def __post_init__(self) -> None:
+        record = None if self.snapshots is None else self.snapshots.folder / "rollbacks.json"
+        self.guard = Guard(self.settings.explosion, self.settings.rollbacks, _RATE_CUT, record)
 
     def train(self) -> None:
         """From the newest snapshot, or the start, to the end of the budget."""
         self._resume()
-        saved = time.monotonic()
+        if self.snapshots is not None and self.step == 0:
+            self._save()
+        saved, pause = time.monotonic(), 60 * self.settings.checkpoint_minutes
         while not self.plan.done(self.step):
             started = time.monotonic()
             if not self.quantized and self._in_quantized_share():
                 self._start_quantized()
-            self._one_step(started)
-            due = time.monotonic() - saved >= 60 * self.settings.checkpoint_minutes
+            try:
+                self._one_step(started)
+            except DivergedError as error:
+                self._go_back(error)
+                continue
+            due = self.distribution.slowest(time.monotonic() - saved) >= pause
             if self.snapshots is not None and due and not self.plan.done(self.step):
+                began = time.monotonic()
                 self._save()
                 saved = time.monotonic()
+                pause = max(pause, _CHECKPOINT_SHARE * self.distribution.slowest(saved - began))
+        self.distribution.check_masks(self.method.trained)
+
+    def _go_back(self, error: DivergedError) -> None:
+        """Take up the last good snapshot at a lower rate."""
+        snapshots = self.snapshots
+        manifest = None if snapshots is None else snapshots.latest()
+        older = self.guard.record(error, self.step, manifest)
+        assert snapshots is not None and manifest is not None
+        if older and len(snapshots.steps()) > 1 and not manifest["quantized"]:
+            snapshots.drop_newest()
+        for entry in self.method.trained:
+            entry.gradient = None
+        spent = self.plan.spent_seconds
+        self._resume()
+        self.plan.spent_seconds = spent
+        log.warning("%s: back to step %d at %g of the rate", error, self.step, self.guard.rate_factor)
 
     def _in_quantized_share(self) -> bool:
         share = self.settings.quantize_share
@@ -151,20 +198,20 @@ class Run:
             self.snapshots.save_weights(weights)
         self.method.quantize_from(weights)
         self.quantized = True
+        if self.snapshots is not None:
+            self._save()  # going back must not cross this point
 
     def _one_step(self, started: float) -> None:
         settings, step = self.settings, self.step
         metrics = self.method.before_step(step)
         examples = self._examples_of(step)
-        loss = self._forward_backward(examples)
-        norm = gradient_norm(self.method.trained)
-        if not math.isfinite(loss["total"]) or not math.isfinite(norm):
-            raise NonFiniteError(
-                f"loss {loss['total']}, gradient norm {norm} at step {step}, examples {examples.tolist()}: stopped "
-                "before the update; lower learning_rate, or look at that text"
-            )
+        loss = self.distribution.mean(self._forward_backward(examples))
+        self.distribution.average_gradients(self.method.trained)
+        norm = self.distribution.gradient_norm(self.method.trained)
+        self.guard.check(step, loss["total"], norm, examples.tolist())
         progress = self.plan.progress(step + 0.5)
         rate = learning_rate(progress, settings.learning_rate, settings.warmup, settings.final_rate)
+        rate *= self.guard.rate_factor
         scale = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
         metrics |= self.method.update(step, progress, rate, scale)
         self.step += 1
@@ -172,25 +219,24 @@ class Run:
         self._report(step, started, {**loss, "gradient_norm": norm, "learning_rate": rate, **metrics})
 
     def _report(self, step: int, started: float, metrics: dict[str, float]) -> None:
-        seconds = time.monotonic() - started
+        seconds = self.distribution.slowest(time.monotonic() - started)
         self.plan.took(step, seconds)
         tokens = self.settings.batch * self.objective.tokens
         metrics |= {"tokens": self.trained_tokens, "tokens_per_second": tokens / seconds}
         self.last = {**self.last, **metrics}
-        if self.metrics_file is not None:
+        if self.metrics_file is not None and self.distribution.main:
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps({"step": self.step, **metrics}) + "\n")
-        if self.progress is not None:
+        if self.progress is not None and self.distribution.main:
             self.progress(self.step, self.plan.total, metrics)
 
     def _forward_backward(self, examples: Tensor) -> dict[str, float]:
         """Gradients of one step's loss, moved onto the trained entries."""
-        parts = examples.split(self.settings.micro_batch or self.settings.batch)
+        share = self.settings.micro_batch or max(1, self.settings.batch // self.distribution.world)
+        parts = self.distribution.own(list(examples.split(share)))
         found: list[dict[str, float]] = []
         for part in parts:
             found.append(self.objective.backward(self.model, part, 1.0 / len(parts)))
-            if not math.isfinite(found[-1]["total"]):
-                return found[-1]
             for entry in self.method.trained:
                 entry.take_gradient(several=len(parts) > 1)
         return {name: fmean(metrics[name] for metrics in found) for name in found[0]}
@@ -215,12 +261,15 @@ class Run:
             "plan": self.plan.state(),
             "trained_tokens": self.trained_tokens,
             "quantized": self.quantized,
+            "losses": self.guard.losses,
         }
+        self.distribution.check_masks(self.method.trained)
         self.snapshots.save(self.step, self._state(), record)
 
     def _resume(self) -> None:
         manifest = None if self.snapshots is None else self.snapshots.latest()
-        _cut_metrics(self.metrics_file, 0 if manifest is None else manifest["step"])
+        if self.distribution.main:
+            _cut_metrics(self.metrics_file, 0 if manifest is None else manifest["step"])
         if manifest is None or self.snapshots is None:
             return
         self.snapshots.restore(self._state())
@@ -230,6 +279,7 @@ class Run:
         if self.quantized:
             self.method.quantize_from(self.snapshots.load_weights())
         self.step, self.trained_tokens = manifest["step"], manifest["trained_tokens"]
+        self.guard.losses = manifest["losses"]
         for name, value in manifest["plan"].items():
             setattr(self.plan, name, value)
         log.info("going on from step %d of %d", self.step, self.plan.total)
@@ -251,6 +301,26 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return torch.bfloat16 if fast else torch.float32
+
+
+def training_device() -> torch.device:
+    """This process's accelerator, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def checkpointed(blocks: Sequence[nn.Module], wanted: bool) -> Iterator[None]:
+    """Keep of each block only what goes in, and compute the rest again in the backward pass."""
+    if not wanted:
+        yield
+        return
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 @contextmanager

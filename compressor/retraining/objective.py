@@ -39,7 +39,7 @@ class Objective(Protocol):
             examples: their numbers [B].
 
         Returns:
-            Means over the examples: "total" is what was differentiated, others are for watching. Where "total" is not
-            finite nothing was differentiated.
+            Means over the examples: "total" is what was differentiated, others are for watching. The loop looks
+            whether it is finite before it uses the gradients; under fsdp all processes must come this far.
         """
         ...

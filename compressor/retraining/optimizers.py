@@ -12,13 +12,14 @@ Shapes: O out_features, I in_features, B rows of one block.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from compressor.calibration import is_conv1d
+from compressor.retraining.shards import local
 
 FORMS = ("decoupled", "coupled")
 
@@ -60,7 +61,7 @@ class Trained:
     @property
     def visible(self) -> Tensor:
         """The parameter's values, oriented like the master."""
-        return _oriented(self.parameter.detach(), self.transposed)
+        return _oriented(local(self.parameter.detach()), self.transposed)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint stores of it."""
@@ -75,7 +76,7 @@ class Trained:
         self.parameter.grad = None
         if found is None:
             return
-        found = _oriented(found, self.transposed)
+        found = _oriented(local(found), self.transposed)
         if not several:
             self.gradient = found
         elif self.gradient is None:
@@ -122,7 +123,7 @@ def train_dense(name: str, parameter: nn.Parameter, settings: AdamSettings) -> T
 def _trained(
     name: str, parameter: nn.Parameter, transposed: bool, mask: Tensor | None, settings: AdamSettings
 ) -> Trained:
-    values = _oriented(parameter.detach(), transposed)
+    values = _oriented(local(parameter.detach()), transposed)
     if mask is not None and mask.shape != values.shape:
         raise ValueError(f"mask of {tuple(mask.shape)} given for {name}, whose weight is {tuple(values.shape)}")
     master = values.to(torch.float32, copy=True).contiguous()
@@ -130,14 +131,6 @@ def _trained(
     return Trained(
         name, parameter, transposed, master, torch.zeros_like(master), torch.zeros_like(master), mask, decays=decays
     )
-
-
-def gradient_norm(entries: Iterable[Trained]) -> float:
-    """L2 norm over all gradients; NaN or infinity anywhere shows in it."""
-    norms = [
-        torch.linalg.vector_norm(entry.gradient, dtype=torch.float32) for entry in entries if entry.gradient is not None
-    ]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,34 +22,66 @@ from compressor.output import sync
 
 log = logging.getLogger(__name__)
 
-_MANIFEST, _TENSORS, _WEIGHTS = "manifest.json", "state.safetensors", "quantized-from.safetensors"
+_MANIFEST, _TENSORS, _WEIGHTS = "manifest.json", "state", "quantized-from.safetensors"
+
+
+def _alone() -> None:
+    """One process waits for nobody."""
 
 
 @dataclass(frozen=True)
 class Snapshots:
-    """The snapshots of one run under `folder`; the last `keep` stay."""
+    """The snapshots of one run under `folder`; the last `keep` stay.
+
+    Args:
+        rank: of this process; the first writes what all hold.
+        parts: how many processes each hold, write and read a part of their own.
+        wait: until all processes are here.
+    """
 
     folder: Path
     identity: str
     keep: int = 2
+    rank: int = 0
+    parts: int = 1
+    wait: Callable[[], None] = _alone
+
+    @property
+    def _file(self) -> str:
+        part = f"-{self.rank + 1:05d}-of-{self.parts:05d}" if self.parts > 1 else ""
+        return f"{_TENSORS}{part}.safetensors"
 
     def save(self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Write one snapshot whole or not at all, then drop the oldest."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"step-{step:08d}"
         scratch = self.folder / f".{final.name}.part"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / _TENSORS)
-        manifest = {"identity": self.identity, "step": step, **record}
+        if self.rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        self.wait()
+        if self.rank == 0 or self.parts > 1:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / self._file)
+            sync(scratch / self._file)
+        self.wait()
+        if self.rank == 0:
+            self._finish(scratch, final, {"identity": self.identity, "step": step, "parts": self.parts, **record})
+        self.wait()
+
+    def _finish(self, scratch: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for name in (_TENSORS, _MANIFEST):
-            sync(scratch / name)
+        sync(scratch / _MANIFEST)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(scratch, final)
         sync(self.folder)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def drop_newest(self) -> None:
+        """Forget the newest snapshot: going on from it failed."""
+        self.wait()
+        if self.rank == 0:
+            shutil.rmtree(self.steps()[-1])
+        self.wait()
 
     def steps(self) -> list[Path]:
         """Whole snapshots, oldest first."""
@@ -66,11 +98,15 @@ class Snapshots:
                 f"{self.folder} holds a run of another model, text or recipe; give another work folder, "
                 "delete it, or run the command it was started with"
             )
+        if manifest["parts"] != self.parts:
+            raise ValueError(
+                f"{self.folder} was written by {manifest['parts']} processes with a part each; go on with as many"
+            )
         return manifest
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the newest snapshot into `tensors`, which name exactly what was saved."""
-        with safe_open(self.steps()[-1] / _TENSORS, framework="pt") as file:
+        with safe_open(self.steps()[-1] / self._file, framework="pt") as file:
             if set(file.keys()) != set(tensors):
                 raise ValueError(f"the snapshot in {self.folder} does not hold the tensors of this run; delete it")
             for name, tensor in tensors.items():
@@ -78,6 +114,8 @@ class Snapshots:
 
     def save_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Keep the weights that the quantised share starts from, beside the snapshots of the run."""
+        if self.rank:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         scratch = self.folder / f".{_WEIGHTS}.part"
         save_file(dict(weights), scratch)

@@ -3,7 +3,6 @@
 Shapes: N blocks of text, L tokens in a block, B blocks of a micro-batch, T predicting positions, H hidden size.
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -71,8 +70,7 @@ class TextDistillation:
             temperature=self.temperature,
             weight=weight,
         )
-        if math.isfinite(loss.total):
-            student_TH.backward(gradient)
+        student_TH.backward(gradient)
         return {"total": loss.total, "kl": loss.kl, "ce": loss.ce}
 
     @torch.no_grad()

@@ -15,9 +15,9 @@ from compressor.masks import MaskShape, check_n_m
 from compressor.retraining import (
     AstSettings,
     Budget,
+    DivergedError,
     LoopSettings,
     LowRankSettings,
-    NonFiniteError,
     TextDistillation,
     retrain,
     text_loss,
@@ -204,7 +204,7 @@ def test_a_non_finite_loss_stops_before_the_weights_are_touched() -> None:
 
     tokens = torch.full((12, 16), 2)
     tokens[-1] = 13
-    with pytest.raises(NonFiniteError, match=r"at step \d, examples \[.*11.*\]: stopped"):
+    with pytest.raises(DivergedError, match=r"at step \d, examples \[.*11.*\]: stopped"):
         run(model, teacher, tokens=tokens, progress=watch)
     assert not weights or torch.equal(model.model.layers[0].mlp.up_proj.weight, weights[-1])
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())

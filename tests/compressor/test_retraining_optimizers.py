@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from compressor.masks import n_m_mask
 from compressor.retraining import optimizers
-from compressor.retraining.optimizers import AdamSettings, Trained, adam_step, gradient_norm, train_dense, train_linear
+from compressor.retraining.distribution import Distribution
+from compressor.retraining.optimizers import AdamSettings, Trained, adam_step, train_dense, train_linear
 
 
 def entry_of(settings: AdamSettings, module: nn.Module | None = None) -> Trained:
@@ -89,9 +90,9 @@ def test_gradients_of_micro_batches_add_up_in_fp32() -> None:
         parameter.grad = torch.full_like(parameter, value)
         entry.take_gradient(several=True)
     assert entry.gradient is not None and entry.gradient.flatten().tolist() == [258.0] * 4
-    assert gradient_norm([entry]) == pytest.approx(516.0)
+    assert Distribution().gradient_norm([entry]) == pytest.approx(516.0)
     entry.gradient[0, 1] = math.inf
-    assert not math.isfinite(gradient_norm([entry]))
+    assert not math.isfinite(Distribution().gradient_norm([entry]))
 
 
 def test_the_master_keeps_what_bf16_cannot_hold() -> None:

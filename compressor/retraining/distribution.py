@@ -1,0 +1,172 @@
+"""A run spread over processes, as `torchrun` or `accelerate launch` start them.
+
+    ddp    every process holds all; gradients are averaged. Each does the same update, so masks stay the same: they are
+           compared at every snapshot and at the end, and a difference raises.
+    fsdp   blocks are sharded by FSDP2 along their rows: a process holds, updates and masks its rows of every weight,
+           fp32 master and moments included. Groups of n:m lie inside rows, so every mask is chosen locally.
+           Embeddings, head and low-rank branches are replicated as under ddp.
+
+Processes share the file system of the work folder. Shapes: O out_features, I in_features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+
+from compressor.calibration import is_conv1d
+from compressor.retraining.optimizers import Trained
+from compressor.retraining.shards import is_sharded
+
+STRATEGIES = ("auto", "ddp", "fsdp")
+_BUCKET_BYTES = 25 << 20
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Which process this is, and how the model is spread."""
+
+    rank: int = 0
+    world: int = 1
+    sharded: bool = False
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def own(self, parts: list[Tensor]) -> list[Tensor]:
+        """The micro-batches of this process.
+
+        Raises:
+            ValueError: they cannot be shared out evenly.
+        """
+        if len(parts) % self.world or len({len(part) for part in parts}) > 1:
+            raise ValueError(
+                f"a batch in {len(parts)} micro-batches cannot be shared by {self.world} processes; give a batch that "
+                "is a multiple of micro_batch times the processes"
+            )
+        return parts[self.rank :: self.world]
+
+    def average_gradients(self, entries: Iterable[Trained]) -> None:
+        """Of what every process holds whole; FSDP2 has averaged what it sharded."""
+        if self.world == 1:
+            return
+        bucket: list[Trained] = []
+        size = 0
+        for entry in entries:
+            if entry.gradient is None or is_sharded(entry.parameter):
+                continue
+            entry.gradient = entry.gradient.contiguous()
+            if bucket and (size > _BUCKET_BYTES or entry.gradient.dtype != bucket[0].gradient.dtype):  # type: ignore[union-attr]
+                _average(bucket, self.world)
+                bucket, size = [], 0
+            bucket.append(entry)
+            size += entry.gradient.nbytes
+        if bucket:
+            _average(bucket, self.world)
+
+    def gradient_norm(self, entries: Iterable[Trained]) -> float:
+        """L2 norm over all gradients, those of other processes' shards included; NaN anywhere shows in it."""
+        sums = {True: [torch.zeros(())], False: [torch.zeros(())]}
+        for entry in entries:
+            if entry.gradient is not None:
+                norm = torch.linalg.vector_norm(entry.gradient, dtype=torch.float32)
+                sums[is_sharded(entry.parameter)].append(norm)
+        squares = {
+            sharded: torch.stack([norm.to(norms[-1].device) for norm in norms]).square().sum()
+            for sharded, norms in sums.items()
+        }
+        if self.sharded:
+            dist.all_reduce(squares[True])
+        return float((squares[True] + squares[False].to(squares[True].device)).sqrt())
+
+    def mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The mean of each metric over the processes."""
+        if self.world == 1:
+            return dict(metrics)
+        values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=_device())
+        dist.all_reduce(values)
+        return dict(zip(metrics, (values / self.world).tolist(), strict=True))
+
+    def slowest(self, seconds: float) -> float:
+        """The most of any process, so that all plan alike."""
+        if self.world == 1:
+            return seconds
+        value = torch.tensor(seconds, dtype=torch.float64, device=_device())
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return float(value)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def check_masks(self, entries: Iterable[Trained]) -> None:
+        """Raise when a mask has lost its weight, or processes that hold the same weights hold different masks."""
+        digest = hashlib.sha256()
+        for entry in entries:
+            if entry.mask is None:
+                continue
+            if entry.mask.shape != entry.visible.shape:
+                raise RuntimeError(
+                    f"{entry.name}: mask of {tuple(entry.mask.shape)} beside a weight of {tuple(entry.visible.shape)}; "
+                    "the weights cannot be trusted to be sparse"
+                )
+            digest.update(entry.mask.cpu().contiguous().view(torch.uint8).numpy().data)
+        if self.world == 1 or self.sharded:
+            return
+        digests: list[str | None] = [None] * self.world
+        dist.all_gather_object(digests, digest.hexdigest())
+        if len(set(digests)) > 1:
+            raise RuntimeError(f"masks differ between processes ({digests}); stop, and go on from the last snapshot")
+
+
+@cache
+def join() -> tuple[int, int]:
+    """(rank, world) of this process; joins the group that the launcher made."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return state.process_index, state.num_processes
+
+
+def distribution(strategy: str = "auto") -> Distribution:
+    """How this process takes part; alone where nothing launched it."""
+    rank, world = join()
+    fsdp = strategy == "fsdp" or (strategy == "auto" and os.environ.get("ACCELERATE_USE_FSDP", "") == "true")
+    return Distribution(rank, world, sharded=world > 1 and fsdp)
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Shard the parameters of the blocks over all processes, along rows as [O, I]."""
+    for block in blocks:
+        turned = {id(module.weight) for module in block.modules() if is_conv1d(module)}
+        fully_shard(
+            block,
+            shard_placement_fn=lambda parameter, turned=turned: Shard(1) if id(parameter) in turned else Shard(0),
+        )
+
+
+def _average(bucket: list[Trained], world: int) -> None:
+    gradients = [entry.gradient for entry in bucket if entry.gradient is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
