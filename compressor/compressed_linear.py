@@ -117,16 +117,22 @@ class CompressedLinear(PackedModule):
 
 
 class CompressedEmbedding(PackedModule):
-    """Rows of a packed table [num_embeddings, embedding_dim]."""
+    """Rows of a packed table [num_embeddings, embedding_dim].
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, scheme: Scheme) -> None:
+    Args:
+        factor: what rows are multiplied by, as Gemma does; in the dtype of the rows.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, scheme: Scheme, *, factor: float = 1.0) -> None:
         super().__init__(num_embeddings, embedding_dim, scheme)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
+        self.factor = float(torch.tensor(factor, dtype=getattr(torch, scheme.dtype), device="cpu"))
 
     def forward(self, ids: Tensor) -> Tensor:
         """[..., embedding_dim] in the scheme's dtype from ids [...]."""
-        return self.format.rows(self.tensors, ids)
+        rows = self.format.rows(self.tensors, ids)
+        return rows if self.factor == 1.0 else rows * self.factor
 
 
 def tie(head: CompressedLinear, embedding: CompressedEmbedding) -> None:

@@ -59,13 +59,19 @@ def replace_modules(model: Any, config: QuantizationConfig) -> None:
         with torch.device("meta"):
             packed: nn.Module
             if isinstance(module, nn.Embedding):
-                packed = CompressedEmbedding(module.num_embeddings, module.embedding_dim, scheme)
+                packed = CompressedEmbedding(
+                    module.num_embeddings, module.embedding_dim, scheme, factor=_embedding_factor(module)
+                )
             else:
                 out_features, in_features = linear_shape(module)
                 has_bias = getattr(module, "bias", None) is not None
                 packed = CompressedLinear(in_features, out_features, scheme, bias=has_bias)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, packed)
+        prefix, _, child = name.rpartition(".")
+        parent = model.get_submodule(prefix)
+        setattr(parent, child, packed)
+        if next(parent.parameters(recurse=False), None) is None and next(parent.buffers(recurse=False), None) is None:
+            # Else GPT-2 would give this module's linears initial values, and not find their plain weights.
+            parent._is_hf_initialized = True  # type: ignore[assignment]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, CompressedEmbedding) and isinstance(head, nn.Linear) and model.config.tie_word_embeddings:
         with torch.device("meta"):
@@ -75,6 +81,12 @@ def replace_modules(model: Any, config: QuantizationConfig) -> None:
         model.set_output_embeddings(tied)
         model._tied_weights_keys = {}
         model.all_tied_weights_keys = {}
+
+
+def _embedding_factor(module: nn.Embedding) -> float:
+    """What a model's own kind of embedding multiplies its rows by."""
+    factor = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
+    return float(factor)
 
 
 def tie_head(model: Any) -> None:

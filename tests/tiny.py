@@ -12,11 +12,20 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 VOCABULARY = 300
+OWN: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 32, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 32, "query_pre_attn_scalar": 16},
+    "mixtral": {"num_local_experts": 2},
+    "phi3": {"original_max_position_embeddings": 512},
+    "qwen3": {"head_dim": 16},
+}
+"""What a family needs beyond the sizes that all share."""
 
 
 def tiny_config(kind: str) -> Any:
     """A transformers configuration of each family under test."""
-    from transformers import GPT2Config, LlamaConfig, OPTConfig
+    from transformers import AutoConfig, GPT2Config, LlamaConfig, OPTConfig
 
     shared = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 257}
     if kind == "llama":
@@ -31,7 +40,10 @@ def tiny_config(kind: str) -> Any:
             **shared, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64,
             max_position_embeddings=512, pad_token_id=258,
         )  # fmt: skip
-    raise ValueError(kind)
+    return AutoConfig.for_model(
+        kind, **shared, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=258, **OWN.get(kind, {}),
+    )  # fmt: skip
 
 
 def make_tokenizer() -> Any:
