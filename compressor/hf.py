@@ -42,6 +42,12 @@ class HalfweightQuantizer(HfQuantizer):  # type: ignore[misc]
         tie_head(model)
         return model
 
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        from compressor.finetuning import dense_modules
+
+        dense_modules(model, dtype or torch.bfloat16)
+        return model
+
     def is_serializable(self) -> bool:
         return False
 
