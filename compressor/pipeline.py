@@ -168,7 +168,14 @@ def retrain(
     report("evaluate", 1, 1, {"dense loss": dense_loss})
     outcome = retraining.retrain(
         sparse.model,
-        TextDistillation(tokens, teacher, kl_weight=settings.loop.kl_weight, temperature=settings.loop.temperature),
+        TextDistillation(
+            tokens,
+            teacher,
+            kl_weight=settings.loop.kl_weight,
+            temperature=settings.loop.temperature,
+            cache=settings.loop.teacher_cache,
+            top_k=settings.loop.teacher_top_k,
+        ),
         linears,
         sparse.masks,
         parse_budget(settings.budget),

@@ -21,7 +21,21 @@ from compressor.calibration import evaluating
 # Logits held per buffer: 16 MB in fp32, so the dozen passes over a chunk stay in a server CPU's cache.
 _CHUNK_LOGITS = 1 << 22
 
+# Probabilities of "all other tokens" below this are rounding errors of the sum over the kept ones.
+_REST = 1e-6
+
 Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher's most likely next tokens: log-probabilities [T, k] and ids [T, k]; all others count as one token."""
+
+    log_p: Tensor
+    ids: Tensor
+
+    def __getitem__(self, rows: slice) -> "TopK":
+        return TopK(self.log_p[rows], self.ids[rows])
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,7 @@ def chunked_loss(
     *,
     teacher_TH: Tensor | None = None,
     teacher_head: Head | None = None,
+    top_k: TopK | None = None,
     kl_weight: float = 0.0,
     temperature: float = 1.0,
     weight: float = 1.0,
@@ -81,6 +96,7 @@ def chunked_loss(
     """The loss and its gradient with respect to the student's hidden states; head gradients are left on the head.
 
     Args:
+        top_k: in place of the teacher's hidden states and head.
         kl_weight: a; above 0 needs the teacher.
         weight: what the gradient is multiplied by (one over the number of micro-batches).
     """
@@ -90,8 +106,10 @@ def chunked_loss(
         hidden = student_TH[start:end].detach().requires_grad_()
         with torch.enable_grad():
             logits_CV = student_head(hidden)
-        teacher_CV = None
-        if kl_weight > 0:
+        teacher_CV: Tensor | TopK | None = None
+        if kl_weight > 0 and top_k is not None:
+            teacher_CV = top_k[start:end]
+        elif kl_weight > 0:
             assert teacher_TH is not None and teacher_head is not None
             with torch.no_grad():
                 teacher_CV = teacher_head(teacher_TH[start:end])
@@ -115,7 +133,7 @@ def _chunks(count: int, head: Head, hidden_TH: Tensor) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def _loss_and_slope(
-    student_CV: Tensor, teacher_CV: Tensor | None, labels_C: Tensor, kl_weight: float, temperature: float
+    student_CV: Tensor, teacher_CV: Tensor | TopK | None, labels_C: Tensor, kl_weight: float, temperature: float
 ) -> tuple[float, float, Tensor]:
     """Sums of KL (times T^2) and CE over the chunk, and d(loss sum)/d(student logits) in fp32."""
     ce, slope = 0.0, None
@@ -129,14 +147,36 @@ def _loss_and_slope(
     if teacher_CV is None:
         assert slope is not None
         return 0.0, ce, slope
-    log_p = _log_softmax(teacher_CV, temperature)
     log_q = _log_softmax(student_CV, temperature)
     if temperature == 1.0:
         ce = -float(_picked(log_q, labels_C).sum())
-    p = log_p.exp()
-    kl = float(torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()) * temperature**2
-    kl_slope = log_q.exp_().sub_(p).mul_(kl_weight * temperature)
+    compare = _against_top_k if isinstance(teacher_CV, TopK) else _against_all
+    kl, kl_slope = compare(teacher_CV, log_q, temperature)  # type: ignore[arg-type]
+    kl, kl_slope = kl * temperature**2, kl_slope.mul_(kl_weight * temperature)
     return kl, ce, kl_slope if slope is None else slope.add_(kl_slope)
+
+
+def _against_all(teacher_CV: Tensor, log_q_CV: Tensor, temperature: float) -> tuple[float, Tensor]:
+    """KL summed over the chunk and its slope; `log_q_CV` is used up."""
+    log_p = _log_softmax(teacher_CV, temperature)
+    p = log_p.exp()
+    kl = float(torch.linalg.vecdot(p, log_p.sub_(log_q_CV)).sum())
+    return kl, log_q_CV.exp_().sub_(p)
+
+
+def _against_top_k(teacher: TopK, log_q_CV: Tensor, _temperature: float) -> tuple[float, Tensor]:
+    """KL between distributions over the k kept tokens and one that stands for all others.
+
+    Slope q - p on kept tokens, q * (1 - p_rest / q_rest) on others: those keep their proportions.
+    """
+    log_p, ids = teacher.log_p.to(torch.float32), teacher.ids.to(torch.int64)
+    log_q, p = log_q_CV.gather(-1, ids), log_p.exp()
+    q_CV = log_q_CV.exp_()
+    p_rest = (1.0 - p.sum(-1)).clamp_min(_REST)
+    q_rest = (1.0 - q_CV.gather(-1, ids).sum(-1)).clamp_min(_REST)
+    kl = float((p * (log_p - log_q)).sum() + (p_rest * (p_rest / q_rest).log()).sum())
+    kept = q_CV.gather(-1, ids) - p
+    return kl, q_CV.mul_((1.0 - p_rest / q_rest).unsqueeze(-1)).scatter_(-1, ids, kept)
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

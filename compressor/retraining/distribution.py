@@ -155,6 +155,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
         turned = {id(module.weight) for module in block.modules() if is_conv1d(module)}
         fully_shard(
             block,
+            # Each block is a root of its own, and roots would keep all rows after a forward pass without gradients.
+            reshard_after_forward=True,
             shard_placement_fn=lambda parameter, turned=turned: Shard(1) if id(parameter) in turned else Shard(0),
         )
 

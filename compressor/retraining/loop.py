@@ -29,6 +29,7 @@ from compressor.retraining.optimizers import Trained
 from compressor.retraining.rollback import DivergedError, Guard
 from compressor.retraining.schedules import Plan, learning_rate
 from compressor.retraining.snapshots import Snapshots
+from compressor.retraining.teacher_cache import KINDS
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class LoopSettings:
     Args:
         batch: blocks per optimiser step, run `micro_batch` at a time (all at once when None).
         kl_weight: a in a*KL + (1-a)*CE; 0 needs no teacher.
+        teacher_cache: what is kept on disk of the teacher, for the next student on the same text: "off", "hidden" (its
+            last hidden states, exact) or "top-k" (its `teacher_top_k` most likely tokens, smaller).
         quantize_share: the last share of the budget, in which the forward sees the packed values.
         train: "blocks" (sparse weights, norms, biases) or "all" (embeddings and head too).
         checkpoint_minutes: between snapshots of the run, when there is a work folder; more where writing one takes
@@ -76,6 +79,8 @@ class LoopSettings:
     clip: float = 1.0
     kl_weight: float = 1.0
     temperature: float = 1.0
+    teacher_cache: str = "off"
+    teacher_top_k: int = 64
     quantize_share: float = 0.0
     train: str = "blocks"
     precision: str = "auto"
@@ -94,6 +99,8 @@ class LoopSettings:
             raise ValueError(f"train {self.train!r} given; accepted are blocks, all")
         if self.distribution not in STRATEGIES:
             raise ValueError(f"distribution {self.distribution!r} given; accepted are {', '.join(STRATEGIES)}")
+        if self.teacher_cache not in KINDS or self.teacher_top_k < 1:
+            raise ValueError(f"teacher_cache {self.teacher_cache!r} given; accepted are {', '.join(KINDS)}")
         if self.rollbacks < 0 or self.explosion < 0 or self.keep_checkpoints < 1:
             raise ValueError("rollbacks and explosion must not be negative, keep_checkpoints be at least 1")
         if self.batch < 1 or (self.micro_batch is not None and self.batch % self.micro_batch):

@@ -1,6 +1,7 @@
 """Blocks of text as training examples: next-token prediction and distillation from the dense teacher.
 
-Shapes: N blocks of text, L tokens in a block, B blocks of a micro-batch, T predicting positions, H hidden size.
+Shapes: N blocks of text, L tokens in a block, B blocks of a micro-batch, P = L - 1 predicting positions of a block,
+T = B * P, H hidden size, k kept tokens.
 """
 
 from collections.abc import Iterable
@@ -8,7 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from compressor.retraining.distillation import Head, chunked_loss, head_of, hidden_states, next_tokens
+from compressor.retraining.distillation import Head, TopK, chunked_loss, head_of, hidden_states, next_tokens
+from compressor.retraining.teacher_cache import KINDS, TeacherCache, cache_key
 
 
 class TextDistillation:
@@ -19,10 +21,19 @@ class TextDistillation:
         teacher: the dense model; not needed when `kl_weight` is 0.
         kl_weight: a.
         temperature: T of the published code; the paper's formula has none (1).
+        cache: what is kept on disk of the teacher: "off", "hidden" or "top-k" (teacher_cache.py).
+        top_k: tokens kept with "top-k".
     """
 
     def __init__(
-        self, tokens_NL: Tensor, teacher: nn.Module | None, *, kl_weight: float = 1.0, temperature: float = 1.0
+        self,
+        tokens_NL: Tensor,
+        teacher: nn.Module | None,
+        *,
+        kl_weight: float = 1.0,
+        temperature: float = 1.0,
+        cache: str = "off",
+        top_k: int = 64,
     ) -> None:
         if tokens_NL.dim() != 2 or tokens_NL.shape[0] < 1 or tokens_NL.shape[1] < 2:
             raise ValueError(
@@ -30,9 +41,13 @@ class TextDistillation:
             )
         if kl_weight > 0 and teacher is None:
             raise ValueError(f"kl_weight {kl_weight} given without a dense teacher; give one, or kl_weight 0")
+        if cache not in KINDS:
+            raise ValueError(f"teacher_cache {cache!r} given; accepted are {', '.join(KINDS)}")
         self.tokens_NL, self.kl_weight, self.temperature = tokens_NL, kl_weight, temperature
+        self._kind, self._top_k = cache, top_k
         self._teacher = teacher if kl_weight > 0 else None
         self._heads: tuple[Head, Head | None] | None = None
+        self._cache: TeacherCache | None = None
 
     @property
     def count(self) -> int:
@@ -48,17 +63,30 @@ class TextDistillation:
     def prepare(self, model: nn.Module, dtype: torch.dtype) -> None:
         teacher = self._teacher
         if teacher is not None:
-            teacher.eval().requires_grad_(False)
+            teacher.to(next(model.parameters()).device).eval().requires_grad_(False)
             for parameter in teacher.parameters():
                 parameter.data = parameter.data.to(dtype)
+            if self._kind != "off":
+                self._cache = self._open_cache(teacher)
         self._heads = head_of(model), None if teacher is None else head_of(teacher)
+
+    def _open_cache(self, teacher: nn.Module) -> TeacherCache:
+        hidden = self._kind == "hidden"
+        key = cache_key(teacher, self.tokens_NL, self._kind, None if hidden else (self._top_k, self.temperature))
+        positions = self.tokens - 1
+        with torch.no_grad():
+            width = hidden_states(teacher, self.tokens_NL[:1, :2].to(next(teacher.parameters()).device)).shape[-1]
+        if hidden:
+            return TeacherCache(key, self.count, {"hidden": ((positions, width), torch.bfloat16)})
+        shape = (positions, self._top_k)
+        return TeacherCache(key, self.count, {"log_p": (shape, torch.float16), "ids": (shape, torch.int32)})
 
     def backward(self, model: nn.Module, examples: Tensor, weight: float) -> dict[str, float]:
         if self._heads is None:
             raise RuntimeError("prepare() comes before backward()")
         ids_BL = self.tokens_NL[examples].to(next(model.parameters()).device)
         positions, labels = next_tokens(ids_BL)
-        teacher_TH = self._teacher_states(ids_BL, positions)
+        teacher_TH, top_k = self._teacher_says(ids_BL, examples)
         student_TH = hidden_states(model, ids_BL).flatten(0, 1)[positions]
         loss, gradient = chunked_loss(
             student_TH,
@@ -66,6 +94,7 @@ class TextDistillation:
             labels,
             teacher_TH=teacher_TH,
             teacher_head=self._heads[1],
+            top_k=top_k,
             kl_weight=self.kl_weight,
             temperature=self.temperature,
             weight=weight,
@@ -74,7 +103,33 @@ class TextDistillation:
         return {"total": loss.total, "kl": loss.kl, "ce": loss.ce}
 
     @torch.no_grad()
-    def _teacher_states(self, ids_BL: Tensor, positions: Tensor) -> Tensor | None:
+    def _teacher_says(self, ids_BL: Tensor, examples: Tensor) -> tuple[Tensor | None, TopK | None]:
+        """The teacher's hidden states [T, H], or the most likely tokens that a cache holds."""
         if self._teacher is None:
-            return None
-        return hidden_states(self._teacher, ids_BL).flatten(0, 1)[positions]
+            return None, None
+        if self._cache is None:
+            return hidden_states(self._teacher, ids_BL)[:, :-1].flatten(0, 1), None
+        found = [self._cache.get(int(block)) for block in examples]
+        if any(block is None for block in found):
+            for number, block in zip(examples.tolist(), self._ask(ids_BL), strict=True):
+                self._cache.put(number, block)
+            # Read back, so that the first student sees what later ones will: values as they are stored.
+            found = [self._cache.get(int(block)) for block in examples]
+        rows = {
+            name: torch.cat([block[name] for block in found if block is not None]).to(ids_BL.device)
+            for name in found[0] or ()
+        }
+        if self._kind == "hidden":
+            return rows["hidden"].to(next(self._teacher.parameters()).dtype), None
+        return None, TopK(rows["log_p"], rows["ids"])
+
+    def _ask(self, ids_BL: Tensor) -> Iterable[dict[str, Tensor]]:
+        """What the cache keeps of each block, freshly computed."""
+        assert self._teacher is not None and self._heads is not None and self._heads[1] is not None
+        for hidden_PH in hidden_states(self._teacher, ids_BL)[:, :-1]:
+            if self._kind == "hidden":
+                yield {"hidden": hidden_PH}
+                continue
+            log_p = torch.log_softmax(self._heads[1](hidden_PH).float() / self.temperature, dim=-1)
+            kept = log_p.topk(self._top_k, dim=-1)
+            yield {"log_p": kept.values, "ids": kept.indices}

@@ -99,3 +99,35 @@ def test_next_tokens_leave_out_the_last_position() -> None:
     positions, labels = next_tokens(torch.tensor([[1, 2, 3], [4, 5, 6]]))
     assert positions.tolist() == [True, True, False, True, True, False]
     assert labels.tolist() == [2, 3, 5, 6]
+
+
+def test_the_most_likely_tokens_stand_for_all() -> None:
+    """With k = V it is the full loss; with fewer, KL over k tokens and one for the rest, with autograd's gradient."""
+    torch.manual_seed(0)
+    head, teacher_head = nn.Linear(8, 20), nn.Linear(8, 20)
+    hidden, teacher = torch.randn(6, 8), torch.randn(6, 8)
+    labels = torch.randint(0, 20, (6,))
+    log_p = torch.log_softmax(teacher_head(teacher).detach() / 2, dim=-1)
+
+    def loss(k: int) -> tuple[distillation.Loss, torch.Tensor]:
+        kept = log_p.topk(k, dim=-1)
+        top_k = distillation.TopK(kept.values, kept.indices)
+        return chunked_loss(hidden, head, labels, top_k=top_k, kl_weight=0.7, temperature=2.0)
+
+    full, slope = chunked_loss(
+        hidden, head, labels, teacher_TH=teacher, teacher_head=teacher_head, kl_weight=0.7, temperature=2.0
+    )
+    assert loss(20)[0].total == pytest.approx(full.total, rel=1e-3)
+    few, few_slope = loss(5)
+    states = hidden.clone().requires_grad_()
+    log_q = torch.log_softmax(head(states) / 2, dim=-1)
+    kept = log_p.topk(5, dim=-1)
+    p, q = kept.values.exp(), log_q.gather(-1, kept.indices).exp()
+    rest_p, rest_q = 1 - p.sum(-1), 1 - q.sum(-1)
+    kl = ((p * (kept.values - q.log())).sum(-1) + rest_p * (rest_p / rest_q).log()).mean()
+    expected = 0.7 * 4 * kl + 0.3 * F.cross_entropy(head(states), labels)
+    expected.backward()
+    assert few.total == pytest.approx(expected.item(), rel=1e-5)
+    assert few.kl < full.kl
+    torch.testing.assert_close(few_slope, states.grad, rtol=1e-4, atol=1e-6)
+    assert slope.shape == few_slope.shape

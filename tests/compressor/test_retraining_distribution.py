@@ -1,0 +1,136 @@
+"""Two processes over gloo do what one does: the same masks, the same loss; and what they refuse."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressor.calibration import weight_of
+from compressor.retraining import LoopSettings
+from compressor.retraining.distribution import Distribution
+from tests.retraining import gpt2, linears_of, llama, run
+
+SCRIPT = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from compressor.retraining import Budget
+from tests.retraining import *
+from compressor.retraining import CastSettings
+
+out, build, method, strategy = Path(sys.argv[1]), globals()[sys.argv[2]], sys.argv[3], sys.argv[4]
+loop = replace(FP32, learning_rate=1e-2, micro_batch=2, distribution=strategy, checkpoint_minutes=float(sys.argv[5]),
+               checkpoint_activations=strategy == "fsdp")
+settings = AstSettings(refresh_every=3, masked_start=1.0) if method == "ast" else CastSettings(refresh_every=3)
+model, losses = build(), []
+def watch(step, total, metrics):
+    losses.append(metrics["total"])
+    if len(sys.argv) > 6 and step == int(sys.argv[6]):
+        os.killpg(0, 9)
+report = run(model, loop=loop, settings=settings, method=method, validation=text(8), work_dir=out / "work",
+             progress=watch, budget=Budget(tokens=12 * 64))
+rank = os.environ.get("RANK", "0")
+torch.save({"model": model.state_dict(), "losses": losses, "validation": report.validation_loss}, out / f"{rank}.pt")
+"""
+
+
+def launch(folder: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    folder.mkdir(exist_ok=True)
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *launcher, str(script), str(folder), *arguments],
+        env=environment, capture_output=True, text=True, timeout=240, start_new_session=True,
+    )  # fmt: skip
+
+
+def results(folder: Path, processes: int, *arguments: str) -> list[dict[str, object]]:
+    done = launch(folder, processes, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def alone_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, object]]:
+    """What one process makes of a model by a method."""
+    return cache(lambda build, method: results(tmp_path_factory.mktemp("one"), 1, build, method, "auto", "60")[0])
+
+
+@pytest.mark.parametrize(
+    ("build", "method", "strategy"),
+    [
+        ("llama", "ast", "ddp"),
+        ("llama", "ast", "fsdp"),
+        pytest.param("gpt2", "ast", "fsdp", marks=pytest.mark.full),
+        pytest.param("gpt2", "cast", "fsdp", marks=pytest.mark.full),
+        pytest.param("llama", "cast", "ddp", marks=pytest.mark.full),
+    ],
+)
+def test_two_processes_do_what_one_does(tmp_path: Path, alone_of: Any, build: str, method: str, strategy: str) -> None:
+    alone = alone_of(build, method)
+    first, second = results(tmp_path / "two", 2, build, method, strategy, "60")
+    assert alone["losses"] == pytest.approx(first["losses"], rel=1e-4)
+    assert second["losses"] == []
+    model = {"llama": llama, "gpt2": gpt2}[build]()
+    for name, module in linears_of(model).items():
+        key = f"{name}.weight"
+        one, two, other = (result["model"][key] for result in (alone, first, second))  # type: ignore[index]
+        assert torch.equal(two, other)
+        assert torch.equal(one != 0, two != 0), name
+        assert torch.allclose(one, two, atol=2e-4)
+        assert not torch.equal(one, weight_of(module))
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.full)])
+def test_two_killed_processes_go_on_to_the_same_end(tmp_path: Path, strategy: str) -> None:
+    whole = results(tmp_path / "whole", 2, "llama", "ast", strategy, "0")
+    assert launch(tmp_path / "killed", 2, "llama", "ast", strategy, "0", "7").returncode != 0
+    again = results(tmp_path / "killed", 2, "llama", "ast", strategy, "0")
+    assert len(again[0]["losses"]) < 12  # type: ignore[arg-type]
+    for before, after in zip(whole, again, strict=True):
+        for name, tensor in before["model"].items():  # type: ignore[attr-defined]
+            assert torch.equal(tensor, after["model"][name]), name  # type: ignore[index]
+
+
+def test_batches_that_cannot_be_shared_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 micro-batches cannot be shared by 2 processes"):
+        Distribution(0, 2).own(list(torch.arange(6).split(2)))
+    assert [len(part) for part in Distribution(1, 2).own(list(torch.arange(8).split(2)))] == [2, 2]
+
+
+def test_a_mask_that_lost_its_weight_raises() -> None:
+    from compressor.retraining.optimizers import AdamSettings, train_linear
+
+    linear = torch.nn.Linear(8, 4)
+    entry = train_linear("a", linear, torch.ones(4, 8, dtype=torch.bool), AdamSettings())
+    entry.mask = torch.ones(2, 8, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=re.escape("mask of (2, 8) beside a weight of (4, 8)")):
+        Distribution().check_masks([entry])
+
+
+def test_activation_checkpoints_change_nothing() -> None:
+    def weights(wanted: bool) -> list[torch.Tensor]:
+        model = llama()
+        run(model, loop=LoopSettings(batch=4, precision="fp32", checkpoint_activations=wanted))
+        assert not any("forward" in vars(module) for module in model.modules())
+        return [parameter.detach() for parameter in model.parameters()]
+
+    torch.set_num_threads(1)
+    for plain, again in zip(weights(False), weights(True), strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_unknown_strategies_are_refused() -> None:
+    with pytest.raises(ValueError, match="accepted are auto, ddp, fsdp"):
+        LoopSettings(distribution="zero")
