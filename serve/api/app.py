@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncGenerator
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -225,7 +225,7 @@ async def _generate(state: ServerState, http: Request, generation: Generation, s
         answer = await state.while_connected(http, generation.answer(request))
     finally:
         state.forget(request)
-    return Response(json.dumps(answer, ensure_ascii=False).encode(), media_type="application/json")
+    return Response(to_json(answer), media_type="application/json")
 
 
 def _add_token_routes(app: FastAPI, state: ServerState) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from pydantic_core import to_json
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve.api.app import build_app
 from serve.api.errors import error_body
@@ -89,7 +88,6 @@ class Server:
             log_level="info" if options.debug else "warning",
             access_log=options.debug,
             server_header=False,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=2,
             ssl_certfile=options.ssl_certfile,
@@ -104,32 +102,47 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-class DeadlineProtocol(H11Protocol):
-    """Closes connections that take longer than HEADER_SECONDS to send the head of a request."""
+class DeadlineProtocol(HttpToolsProtocol):
+    """Closes connections whose requests have too large a head, or one that takes longer than HEADER_SECONDS."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _between_requests = True
+    _untold = (
+        0  # bytes since the parser last told of something: of a head, or of what may stand between pieces of a body
+    )
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._deadline = self.loop.call_later(HEADER_SECONDS, self._too_slow)
 
     def data_received(self, data: bytes) -> None:
-        if self._deadline is None and self.conn.their_state is h11.IDLE:
+        if self._deadline is None and self._between_requests:
             self._deadline = self.loop.call_later(HEADER_SECONDS, self._too_slow)
+        self._untold += len(data)
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self._cancel_deadline()
+        if self._untold > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response("The head of the request is too large.")
+
+    def on_headers_complete(self) -> None:
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
+            raise ValueError("too large a head")
+        self._untold, self._between_requests = 0, False
+        self._cancel_deadline()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._untold = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._untold, self._between_requests = 0, True
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """What is not HTTP, or too large a head, gets an error in our shape too."""
-        body = json.dumps(error_body(400, msg, code="invalid_http")).encode()
-        headers = [("content-type", "application/json"), ("connection", "close")]
-        for event in (
-            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
+        body = to_json(error_body(400, msg, code="invalid_http"))
+        head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:

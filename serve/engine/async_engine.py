@@ -13,6 +13,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -31,6 +32,25 @@ class QueueFullError(RuntimeError):
     """More requests wait than the server is willing to queue."""
 
 
+class Mailbox:
+    """What one task waits for and the event loop's callbacks put in: an asyncio.Queue for less than half its cost."""
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[int, StepOutput] | Exception] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: tuple[int, StepOutput] | Exception) -> None:
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> tuple[int, StepOutput] | Exception:
+        while not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._items.popleft()
+
+
 @dataclass(eq=False)
 class Request:
     """Some prompts, each with `params.n` answers; answer j of prompt i has the index i * n + j.
@@ -40,7 +60,7 @@ class Request:
 
     prompts: list[list[int]]
     params: SamplingParams
-    outputs: asyncio.Queue[tuple[int, StepOutput] | Exception] = field(default_factory=asyncio.Queue)
+    outputs: Mailbox = field(default_factory=Mailbox)
     seq_ids: list[int] = field(default_factory=list)
     closed: bool = False
     arrival: float = field(default_factory=time.perf_counter)
@@ -193,6 +213,6 @@ class AsyncEngine:
         for request, item in ready:
             if request.closed:
                 continue
-            request.outputs.put_nowait(item)
+            request.outputs.put(item)
             if self.on_output is not None and not isinstance(item, Exception):
                 self.on_output(request, item[1])

@@ -55,7 +55,9 @@ class BlockManager:
 
     def extend(self, seq: Sequence, num_tokens: int) -> bool:
         """Give `seq` blocks for its first `num_tokens` tokens; False, and nothing done, when too few are free."""
-        missing = self.blocks_for(num_tokens) - len(seq.block_table)
+        missing = -(-num_tokens // self.block_size) - len(seq.block_table)
+        if missing <= 0:
+            return True
         if missing > len(self._free):
             return False
         for _ in range(missing):

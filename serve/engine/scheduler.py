@@ -20,7 +20,7 @@ from serve.engine.block_manager import BlockManager
 from serve.engine.sequence import Sequence, Status
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Scheduled:
     """`seq` computes the tokens `[start, start + count)` in this step, and samples if they are its last ones.
 

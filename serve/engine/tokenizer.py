@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ class Tokenizer:
         self.chat_template = chat_template
         fast.no_truncation()
         fast.no_padding()
+        # Half of what streaming asks for, and the same few thousand again and again.
+        self._decode_one = lru_cache(8192)(lambda token, skip: str(fast.decode([token], skip_special_tokens=skip)))
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -57,6 +59,8 @@ class Tokenizer:
         return ids
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        if len(tokens) == 1:
+            return self._decode_one(tokens[0], skip_special_tokens)
         text: str = self.fast.decode(tokens, skip_special_tokens=skip_special_tokens)
         return text
 

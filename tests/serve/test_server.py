@@ -171,7 +171,31 @@ def test_what_is_not_http_gets_an_error_in_our_shape(url: str) -> None:
         connection.sendall(b"HELLO SERVER\r\n\r\n")
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
     assert answer.startswith(b"HTTP/1.1 400")
-    assert b'"code": "invalid_http"' in answer
+    assert b'"code":"invalid_http"' in answer
+
+
+@pytest.mark.parametrize("where", ["url", "one header", "many headers", "trailer", "chunk extension"])
+def test_huge_heads_and_framing_are_refused(url: str, where: str) -> None:
+    """Fed slowly enough to come in pieces; none may pile up in memory."""
+    host, port = url.removeprefix("http://").split(":")
+    chunked = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"
+    starts = {
+        "url": b"GET /",
+        "one header": b"GET /health HTTP/1.1\r\nX-Large: ",
+        "many headers": b"GET /health HTTP/1.1\r\n",
+        "trailer": chunked + b"0\r\nX-Large: ",
+        "chunk extension": chunked + b"1;name=",
+    }
+    piece = b"X-Large: 1\r\n" * 1000 if where == "many headers" else b"a" * 10_000
+    with socket.create_connection((host, int(port))) as connection:
+        connection.settimeout(10)
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(starts[where])
+            for _ in range(100):
+                connection.sendall(piece)
+                time.sleep(0.001)
+            assert b" 400 " in connection.recv(100)
+    assert httpx.get(f"{url}/health").status_code == 200
 
 
 def test_sigterm_lets_streams_finish(tiny_folder: Folder) -> None:
