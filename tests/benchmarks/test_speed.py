@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import serving, throughput
+from benchmarks import http_client, serving, throughput
 from benchmarks.step_process import StepProcess, engine_process
 
 
@@ -59,3 +59,21 @@ def test_headlines_are_ratios_of_what_was_measured() -> None:
     served = [{"server": serving.PACKED, "streams": 8, "tokens_per_s": 300.0}]
     served += [{"server": serving.LLAMA, "streams": 8, "tokens_per_s": 100.0}]
     assert serving.summarise(served) == {"streams8_vs_llama_cpp": 3.0}
+
+
+def test_events_and_their_times_out_of_raw_bytes() -> None:
+    """Framing cut anywhere: an event counts when its last byte has come."""
+    events = [b'data: {"n": 1}\n\n', b": comment\n\n", b'data: {"n": 2}\n\ndata: {"n": 3}\n\n', b"data: [DONE]\n\n"]
+    framed = b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in events) + b"0\r\n\r\n"
+    raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + framed
+    for size in (1, 7, 50, len(raw)):
+        parts = [(float(at + size), raw[at : at + size]) for at in range(0, len(raw), size)]
+        answer = http_client.Answer(parts)
+        assert (answer.status, answer.body) == (200, b"".join(events))
+        found = answer.events()
+        assert [event["n"] for _, event in found] == [1, 2, 3]
+        place = raw.index(b'{"n": 1}') + 8
+        assert place <= found[0][0] <= place + 20 + size
+    plain = http_client.Answer([(0.0, b"HTTP/1.1 503 Busy\r\nContent-Length: 2\r\n\r\nno")])
+    assert (plain.status, plain.body, plain.events()) == (503, b"no", [])
+    assert http_client.Answer().status == 0
