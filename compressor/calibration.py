@@ -10,8 +10,9 @@ Shapes: O out_features, I in_features, T tokens of a batch, B x L token ids of a
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,6 +132,43 @@ def calibrate(
     return _complete(stats, linears)
 
 
+class HiddenStates:
+    """Hidden states of the calibration text by batch, in memory, or in files of a folder where one is given."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder, self._held = folder, dict[int, Tensor]()
+
+    def __getitem__(self, batch: int) -> Tensor:
+        if self._folder is None:
+            return self._held[batch]
+        hidden: Tensor = torch.load(self._folder / f"hidden-{batch}.pt", weights_only=True)
+        return hidden
+
+    def __setitem__(self, batch: int, hidden: Tensor) -> None:
+        if self._folder is None:
+            self._held[batch] = hidden
+        else:
+            torch.save(hidden, self._folder / f"hidden-{batch}.pt")
+
+
+class Residence:
+    """Where weights and hidden states are between uses: in memory all along, unless a subclass says otherwise."""
+
+    def outside(self) -> AbstractContextManager[None]:
+        """While what lies around the blocks is used."""
+        return nullcontext()
+
+    def block(self, prefix: str, block: nn.Module) -> AbstractContextManager[None]:
+        """While one block is used."""
+        return nullcontext()
+
+    def hidden_states(self) -> HiddenStates:
+        return HiddenStates()
+
+
+IN_MEMORY = Residence()
+
+
 @torch.no_grad()
 def calibrate_blocks(
     model: nn.Module,
@@ -138,24 +176,32 @@ def calibrate_blocks(
     linears: Mapping[str, nn.Module],
     *,
     hessian: bool = False,
+    residence: Residence = IN_MEMORY,
 ) -> Iterator[dict[str, LayerStats]]:
     """Statistics block by block. A block is run again after the caller has taken its statistics, so changes
     made to its weights in between reach the blocks behind it. Memory: the hidden states of the
     calibration text and one block's sums."""
     batches = _checked(token_batches)
     blocks = blocks_of(model, linears)
+    first = next(iter(blocks))
+    hidden = residence.hidden_states()
+    calls: list[list[_Call]] = []
     with evaluating(model):
-        calls = [_calls_of_blocks(model, list(blocks.values()), batch) for batch in batches]
-        hidden = [call[0].hidden for call in calls]
+        with residence.outside(), residence.block(first, blocks[first]):
+            for number, batch in enumerate(batches):
+                hidden[number], recorded = _calls_of_blocks(model, list(blocks.values()), batch)
+                calls.append(recorded)
         for index, (prefix, block) in enumerate(blocks.items()):
             inside = {name: module for name, module in linears.items() if name.startswith(prefix + ".")}
-            if inside:
-                with _recording(inside, hessian) as recorder:
-                    for x, call in zip(hidden, calls, strict=True):
-                        call[index].run(block, x)
-                    stats = recorder.stats()
-                yield _complete(stats, inside)
-            hidden = [call[index].run(block, x) for x, call in zip(hidden, calls, strict=True)]
+            with residence.block(prefix, block):
+                if inside:
+                    with _recording(inside, hessian) as recorder:
+                        for number, call in enumerate(calls):
+                            call[index].run(block, hidden[number])
+                        stats = recorder.stats()
+                    yield _complete(stats, inside)
+                for number, call in enumerate(calls):
+                    hidden[number] = call[index].run(block, hidden[number])
 
 
 def _checked(token_batches: Iterable[Tensor]) -> list[Tensor]:
@@ -214,7 +260,6 @@ def blocks_of(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, n
 class _Call:
     """How the model calls one block: masks and positions may differ from block to block."""
 
-    hidden: Tensor
     rest: tuple[Any, ...]
     keywords: dict[str, Any]
 
@@ -223,14 +268,16 @@ class _Call:
         return _first(output)
 
 
-def _calls_of_blocks(model: nn.Module, blocks: list[nn.Module], batch: Tensor) -> list[_Call]:
-    """Record how each block is called, in a pass in which the blocks behind the first only hand on."""
+def _calls_of_blocks(model: nn.Module, blocks: list[nn.Module], batch: Tensor) -> tuple[Tensor, list[_Call]]:
+    """What the first block is given, and how each is called, in a pass in which all but the first only hand on."""
     calls: list[_Call] = []
+    given: list[Tensor] = []
 
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keywords = dict(kwargs)
         hidden = args[0] if args else keywords.pop("hidden_states")
-        calls.append(_Call(hidden, args[1:], keywords))
+        given.append(hidden)
+        calls.append(_Call(args[1:], keywords))
 
     def skip(output: Any) -> Callable[..., Any]:
         return lambda hidden_states, *_rest, **_keywords: (
@@ -252,7 +299,7 @@ def _calls_of_blocks(model: nn.Module, blocks: list[nn.Module], batch: Tensor) -
             block.__dict__.pop("forward", None)
     if len(calls) != len(blocks):
         raise ValueError(f"{len(calls)} of the {len(blocks)} blocks were run; calibrate this model as a whole")
-    return calls
+    return given[0], calls
 
 
 def _first(output: Any) -> Tensor:

@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         help="do not prune these layers: a name, 're:PATTERN', or auto:5%% for the most sensitive ones",
     )
     flag("--one-shot", action="store_true", help="leave retraining out")
-    flag("--low-memory", action="store_true", help="never hold the model: one weight at a time, without text")
+    flag("--low-memory", action="store_true", help="never hold the model: one weight, or block, at a time")
     flag("--tensorboard", metavar="DIR", help="also write the metrics of retraining there, for TensorBoard")
     flag("--dry-run", action="store_true", help="check everything, estimate size, memory and time, and stop")
     flag("--print-config", action="store_true", help="print the recipe in full and stop")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compressor import retraining
 from compressor.awq import apply_awq
-from compressor.calibration import LayerStats, calibrate_blocks, weight_of
+from compressor.calibration import IN_MEMORY, LayerStats, Residence, calibrate_blocks, weight_of
 from compressor.checkpoint import CheckpointWriter, copy_companions
 from compressor.data import TextBlocks, load_text
 from compressor.formats import QuantizedWeight, make_format
@@ -121,7 +121,14 @@ def blocks_needed(recipe: Recipe) -> int:
     return max(recipe.quantization.samples, recipe.sparsity.samples if recipe.sparsity else 1)
 
 
-def choose_dense(model: Any, recipe: Recipe, result: Result, text: TextBlocks | None, report: Report) -> None:
+def choose_dense(
+    model: Any,
+    recipe: Recipe,
+    result: Result,
+    text: TextBlocks | None,
+    report: Report,
+    residence: Residence = IN_MEMORY,
+) -> None:
     """Leaves the most sensitive linears dense, where the recipe gives them a share of the weights."""
     settings, plan = recipe.sparsity, result.plan
     if settings is None or text is None or settings.dense_share == 0:
@@ -129,7 +136,7 @@ def choose_dense(model: Any, recipe: Recipe, result: Result, text: TextBlocks | 
     linears = {name: module for name, module in block_linears(model).items() if name in plan.schemes}
     batches = list(text.blocks[: settings.samples].split(8))
     found = sensitivities(
-        model, batches, linears, plan.shapes, settings.criterion, lambda *progress: report(*progress, {})
+        model, batches, linears, plan.shapes, settings.criterion, lambda *progress: report(*progress, {}), residence
     )
     sizes = {name: weight_of(module).numel() for name, module in linears.items()}
     names = most_sensitive(found, sizes, settings.dense_share)
@@ -236,19 +243,27 @@ def calibrate_quantizer(
     batches = list(text.blocks[: recipe.quantization.samples].split(8))
     done = 0
     for stats in calibrate_blocks(sparse.model, batches, linears, hessian=True):
-        for layer, names in by_input(stats):
-            for scheme in dict.fromkeys(plan.schemes[name] for name in names):
-                alike = [name for name in names if plan.schemes[name] == scheme]
-                weights = [weight_of(linears[name]).detach() for name in alike]
-                heights = [weight.shape[0] for weight in weights]
-                rounded = QUANTIZERS[recipe.quantization.quantizer](torch.cat(weights), layer, scheme)
-                parts = zip(weights, rounded.dequantized().split(heights), strict=True)
-                for weight, values in parts:
-                    weight.copy_(values)
-                if rounded.scale is not None:
-                    sparse.scales |= dict(zip(alike, rounded.scale.split(heights), strict=True))
-                done += len(alike)
+        sparse.scales |= round_block(linears, stats, plan.schemes, recipe.quantization.quantizer)
+        done += len(stats)
         report("quantise", done, len(linears), {})
+
+
+def round_block(
+    linears: Mapping[str, nn.Module], stats: Mapping[str, LayerStats], schemes: Mapping[str, Scheme], quantizer: str
+) -> dict[str, Tensor]:
+    """Rounds the linears of one block in place; returns their scales. Those of one input and scheme go together."""
+    scales: dict[str, Tensor] = {}
+    for layer, names in by_input(stats):
+        for scheme in dict.fromkeys(schemes[name] for name in names):
+            alike = [name for name in names if schemes[name] == scheme]
+            weights = [weight_of(linears[name]).detach() for name in alike]
+            heights = [weight.shape[0] for weight in weights]
+            rounded = QUANTIZERS[quantizer](torch.cat(weights), layer, scheme)
+            for weight, values in zip(weights, rounded.dequantized().split(heights), strict=True):
+                weight.copy_(values)
+            if rounded.scale is not None:
+                scales |= dict(zip(alike, rounded.scale.split(heights), strict=True))
+    return scales
 
 
 def snap_to_grid(

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from compressor.awq import check_awq
+from compressor.calibration import blocks_of
 from compressor.checkpoint import Checkpoint
 from compressor.compressed_linear import linear_shape
 from compressor.data import ACCEPTED, NAMED
@@ -98,7 +99,8 @@ def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) 
     schemes = linear_schemes(linears, recipe) | embedding_schemes(model, recipe)
     plan = _estimate(folder, model, schemes, mask_shapes(linears, recipe), recipe)
     if low_memory:
-        plan = replace(plan, memory_bytes=int(_STREAMING_BYTES + plan.dense_bytes / 8))
+        calibration = _block_bytes(model, linears) if recipe.uses_text else 0
+        plan = replace(plan, memory_bytes=int(_STREAMING_BYTES + plan.dense_bytes / 8) + calibration)
     _check_machine(plan, out)
     return plan
 
@@ -238,6 +240,15 @@ def _matmul_rate() -> float:
         a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * 1024**3 / best
+
+
+def _block_bytes(model: nn.Module, linears: Mapping[str, nn.Module]) -> int:
+    """What calibration of one block holds: its weights in fp32, a Hessian and its inverse, the embedding before."""
+    blocks = blocks_of(model, linears).values()
+    block = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    widest = max(linear_shape(module)[1] for module in linears.values())
+    outside = sum(p.numel() for p in model.parameters()) - len(blocks) * block
+    return 4 * block + 16 * widest**2 + 2 * outside
 
 
 def _check_machine(plan: Plan, out: Path) -> None:

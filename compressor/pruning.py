@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import LayerStats, calibrate, calibrate_blocks, weight_of
+from compressor.calibration import IN_MEMORY, LayerStats, Residence, calibrate, calibrate_blocks, weight_of
 from compressor.criteria import CRITERIA
 from compressor.masks import MaskShape
 from compressor.solvers import SOLVERS, solve_block, without_hessians
@@ -88,11 +88,12 @@ def sensitivities(
     shapes: Mapping[str, MaskShape],
     criterion: str,
     report: Report,
+    residence: Residence = IN_MEMORY,
 ) -> dict[str, float]:
     """The relative output error that pruning each linear alone would make; the model stays as it is."""
     found: dict[str, float] = {}
     inside = {name: linears[name] for name in shapes}
-    for stats in calibrate_blocks(model, batches, inside, hessian=True):
+    for stats in calibrate_blocks(model, batches, inside, hessian=True, residence=residence):
         for name, layer in stats.items():
             weight = weight_of(linears[name]).detach().float()
             if criterion in SOLVERS:

@@ -271,10 +271,15 @@ class Recipe(_Section):
 
 def check_streamable(recipe: Recipe) -> None:
     """Raises ValueError for a recipe that has to hold the model."""
-    if recipe.uses_text:
+    if recipe.retraining is not None:
         raise ValueError(
-            f"--low-memory reads one weight at a time, and recipe {recipe.name!r} needs the whole model for its text. "
-            "Give --one-shot --set sparsity.criterion=magnitude --set quantization.quantizer=rtn too, or leave it out."
+            f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} trains all of them. "
+            "Give --one-shot too, or leave it out."
+        )
+    if recipe.quantization.transform is not None:
+        raise ValueError(
+            f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} moves scales between "
+            "layers. Give --set quantization.transform=null too, or leave it out."
         )
 
 

@@ -1,13 +1,14 @@
 """Compression that never holds the model: one weight after another, in blocks of rows, from the dense shards to OUT.
 
-For one-shot recipes whose decisions need no calibration text. Rows are independent in every format and in rounding to
+For one-shot recipes. Where decisions need calibration text, the blocks of the model are read one at a time instead
+(layer_by_layer.py). Rows are independent in every format and in rounding to
 nearest, so blocks of them are pruned, rounded and packed alone; a file is mapped only while one weight is read, for
 mapped pages count as memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 from compressor.calibration import is_conv1d
 from compressor.checkpoint import Checkpoint
 from compressor.formats import make_format
+from compressor.layer_by_layer import packed_linears, scratch_folder
 from compressor.masks import MaskShape
-from compressor.models import fetch_model, skeleton
+from compressor.models import block_linears, fetch_model, skeleton
 from compressor.output import OutputFolder
-from compressor.pipeline import Report, Result, config_of, save_tensors
+from compressor.pipeline import Report, Result, config_of, read_text, save_tensors
 from compressor.preflight import Plan, check
 from compressor.pruning import score_mask
 from compressor.quantizers import rtn
@@ -31,27 +33,36 @@ _BLOCK_WEIGHTS = 1 << 22
 
 
 def compress_streaming(name: str, recipe: Recipe, out: str | Path, *, force: bool = False, report: Report) -> Result:
-    """As `pipeline.compress`, in the memory of a few blocks of rows.
+    """As `pipeline.compress`, in the memory of a few blocks of rows, or of one block of the model with its statistics.
 
     Raises:
         ValueError, OSError, MemoryError: before any long work, with a sentence that says what to do.
     """
     check_streamable(recipe)
-    with OutputFolder(out, force=force) as output:
+    with OutputFolder(out, force=force) as output, scratch_folder(output.path) as scratch:
         folder = fetch_model(name)
         result = Result(output.path, check(folder, recipe, output.path, low_memory=True))
-        tensors = stored_tensors(result.plan, recipe, report)
+        text = read_text(folder, recipe, result)
+        linears = None if text is None else packed_linears(result, recipe, text, scratch, report)
+        tensors = stored_tensors(result.plan, recipe, linears, report)
         save_tensors(tensors, config_of(skeleton(folder), result.plan), name, recipe, output, result)
     return result
 
 
-def stored_tensors(plan: Plan, recipe: Recipe, report: Report) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint by its stored name."""
+def stored_tensors(
+    plan: Plan, recipe: Recipe, linears: Iterable[tuple[str, Tensor]] | None, report: Report
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint by its stored name; `linears` are those that calibration has packed."""
     source = Checkpoint.open(plan.folder)
     model = skeleton(plan.folder)
     tied = "lm_head.weight" if model.config.tie_word_embeddings else None
-    for done, (name, scheme) in enumerate(plan.schemes.items(), start=1):
-        report("pack", done, len(plan.schemes), {})
+    left = plan.schemes
+    if linears is not None:
+        yield from linears
+        left = {name: scheme for name, scheme in left.items() if name not in block_linears(model)}
+    for done, (name, scheme) in enumerate(left.items(), start=1):
+        if linears is None:
+            report("pack", done, len(left), {})
         turned = is_conv1d(model.get_submodule(name))
         shape = plan.shapes.get(name)
         whole = turned or not (shape is None or shape.by_row)

@@ -34,12 +34,49 @@ def test_the_same_bytes(
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
 
 
-def test_the_command(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [str(tiny_llama), "--recipe", "one-shot-2of4-int4", "--low-memory", "--one-shot"]
-    assert main([*command, "--out", str(tmp_path / "out")]) == 1
-    assert "sparsity.criterion=magnitude" in capsys.readouterr().err
-    settings = ["--set", "sparsity.criterion=magnitude", "--set", "quantization.quantizer=rtn"]
-    assert main([*command, *settings, "--out", str(tmp_path / "out")]) == 0
+CALIBRATED = {
+    "sparsegpt, gptq": ({"criterion": "sparsegpt"}, {"quantizer": "gptq"}),
+    "wanda, rtn": ({"criterion": "wanda"}, {"quantizer": "rtn", "values": "int8"}),
+    "wanda of any weights, gptq": ({"criterion": "wanda", "pattern": "60%"}, {"quantizer": "gptq-act-order"}),
+    "sparsegpt, bf16, two dense": ({"criterion": "sparsegpt", "keep_dense": "auto:20%"}, {"values": "bfloat16"}),
+    "gptq alone": (None, {"quantizer": "gptq"}),
+}
+
+
+@pytest.mark.parametrize("what", list(CALIBRATED))
+@pytest.mark.parametrize("kind", ["tiny_llama", "tiny_gpt2", "tiny_opt"])
+@pytest.mark.parametrize("spooled", [True, False])
+def test_calibration_block_by_block_gives_the_same_bytes(
+    kind: str,
+    what: str,
+    spooled: bool,
+    prose: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if spooled:
+        monkeypatch.setattr("compressor.layer_by_layer._LARGE_BYTES", 0)
+    model, (sparsity, quantization) = str(request.getfixturevalue(kind)), CALIBRATED[what]
+    record = {"text": {"source": str(prose), "length": 32}, "quantization": {"group_size": 32, "samples": 16}}
+    record["quantization"] |= quantization
+    recipe = parse_recipe(record | ({"sparsity": {"samples": 16, **sparsity}} if sparsity else {}))
+    first = compress(model, recipe, tmp_path / "whole", report=lambda *_: None)
+    second = compress_streaming(model, recipe, tmp_path / "streamed", report=lambda *_: None)
+    assert (first.out / "model.safetensors").read_bytes() == (second.out / "model.safetensors").read_bytes()
+    configs = [json.loads((result.out / "config.json").read_text()) for result in (first, second)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"whole", "streamed"}
+
+
+def test_the_command(tiny_llama: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(tiny_llama), "--low-memory", "--set", f"text.source={prose}", "--set", "text.length=64"]
+    assert main([*command, "--recipe", "ast-2of4-int4", "--out", str(tmp_path / "out")]) == 1
+    assert "Give --one-shot too" in capsys.readouterr().err
+    awq = ["--set", "quantization.transform=awq"]
+    assert main([*command, *awq, "--recipe", "one-shot-2of4-int4", "--out", str(tmp_path / "out")]) == 1
+    assert "quantization.transform=null" in capsys.readouterr().err
+    assert main([*command, "--recipe", "ast-2of4-int4", "--one-shot", "--out", str(tmp_path / "out")]) == 0
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
