@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,6 +36,7 @@ from compressor.pruning import most_sensitive, prune, sensitivities
 from compressor.quantizers import NEED_HESSIAN, QUANTIZERS, rtn, snap
 from compressor.recipe import Recipe, parse_budget
 from compressor.retraining import TextDistillation, text_loss
+from compressor.retraining.distribution import join, main_first
 from compressor.scheme import QuantizationConfig, Scheme
 from compressor.solvers import by_input
 
@@ -79,22 +81,38 @@ def compress(name: str, recipe: Recipe, out: str | Path, *, force: bool = False,
     Raises:
         ValueError, OSError, MemoryError: before any long work, with a sentence that says what to do.
     """
+    rank, _ = join()
+    if rank:  # of several processes, the first writes
+        result, *_ = _train(name, recipe, Path(os.path.abspath(out)), report=_silent)
+        return result
     with OutputFolder(out, force=force) as output:
-        torch.manual_seed(recipe.seed)
-        report("fetch", 0, 1, {})
-        folder = fetch_model(name)
-        report("fetch", 1, 1, {})
-        result = Result(output.path, check(folder, recipe, output.path))
-        text = read_text(folder, recipe, result)
-        model = load_model(folder)
-        choose_dense(model, recipe, result, text, report)
-        sparse = sparsify(model, recipe, result.plan, text, report)
-        retrain(sparse, folder, recipe, text, result, report)
+        result, sparse, text = _train(name, recipe, output.path, report)
         transform(sparse, recipe, result.plan, text, report)
         calibrate_quantizer(sparse, recipe, result.plan, text, report)
         save(sparse, name, recipe, output, result, report)
     shutil.rmtree(work_folder(output.path), ignore_errors=True)
     return result
+
+
+def _train(name: str, recipe: Recipe, out: Path, report: Report) -> tuple[Result, SparseModel, TextBlocks | None]:
+    """The stages in which every process of a launcher takes part."""
+    torch.manual_seed(recipe.seed)
+    report("fetch", 0, 1, {})
+    with main_first():
+        folder = fetch_model(name)
+    report("fetch", 1, 1, {})
+    result = Result(out, check(folder, recipe, out))
+    with main_first():
+        text = read_text(folder, recipe, result)
+    model = load_model(folder)
+    choose_dense(model, recipe, result, text, report)
+    sparse = sparsify(model, recipe, result.plan, text, report)
+    retrain(sparse, folder, recipe, text, result, report)
+    return result, sparse, text
+
+
+def _silent(_stage: str, _done: int, _total: int, _figures: dict[str, Any]) -> None:
+    """Only the first process tells what goes on."""
 
 
 def work_folder(out: Path) -> Path:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -140,6 +141,16 @@ def join() -> tuple[int, int]:
 
     state = PartialState(cpu=not torch.cuda.is_available())
     return state.process_index, state.num_processes
+
+
+def main_first() -> AbstractContextManager[None]:
+    """Inside, the first process goes before the others: it downloads and converts, they find what it left."""
+    if join()[1] == 1:
+        return nullcontext()
+    from accelerate import PartialState
+
+    context: AbstractContextManager[None] = PartialState().main_process_first()
+    return context
 
 
 def distribution(strategy: str = "auto") -> Distribution:

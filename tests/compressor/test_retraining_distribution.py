@@ -134,3 +134,23 @@ def test_activation_checkpoints_change_nothing() -> None:
 def test_unknown_strategies_are_refused() -> None:
     with pytest.raises(ValueError, match="accepted are auto, ddp, fsdp"):
         LoopSettings(distribution="zero")
+
+
+@pytest.mark.full
+def test_compress_is_launched_in_two_processes(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:
+    flags = [
+        str(tiny_llama), "--recipe", "ast-2of4-int4", "--budget", "4ktok", "--set", f"text.source={prose}",
+        "--set", "text.length=32", "--set", "retraining.validation_blocks=2", "--set", "sparsity.samples=8",
+        "--set", "quantization.samples=8", "--set", "retraining.loop.batch=4",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]}
+    for name, launcher in launchers.items():
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", *launcher, "-m", "compressor", *flags, "--out", str(tmp_path / name)],
+            env=environment, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    sizes = {name: (tmp_path / name / "model.safetensors").stat().st_size for name in launchers}
+    assert sizes["one"] == sizes["two"]
+    assert {entry.name for entry in tmp_path.iterdir()} >= set(launchers)
