@@ -185,11 +185,11 @@ def calibrate_blocks(
     blocks = blocks_of(model, linears)
     first = next(iter(blocks))
     hidden = residence.hidden_states()
-    calls: list[list[_Call]] = []
+    calls: list[list[BlockCall]] = []
     with evaluating(model):
         with residence.outside(), residence.block(first, blocks[first]):
             for number, batch in enumerate(batches):
-                hidden[number], recorded = _calls_of_blocks(model, list(blocks.values()), batch)
+                hidden[number], recorded = calls_of_blocks(model, list(blocks.values()), batch)
                 calls.append(recorded)
         for index, (prefix, block) in enumerate(blocks.items()):
             inside = {name: module for name, module in linears.items() if name.startswith(prefix + ".")}
@@ -257,7 +257,7 @@ def blocks_of(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, n
 
 
 @dataclass(frozen=True)
-class _Call:
+class BlockCall:
     """How the model calls one block: masks and positions may differ from block to block."""
 
     rest: tuple[Any, ...]
@@ -268,16 +268,16 @@ class _Call:
         return _first(output)
 
 
-def _calls_of_blocks(model: nn.Module, blocks: list[nn.Module], batch: Tensor) -> tuple[Tensor, list[_Call]]:
+def calls_of_blocks(model: nn.Module, blocks: list[nn.Module], batch: Tensor) -> tuple[Tensor, list[BlockCall]]:
     """What the first block is given, and how each is called, in a pass in which all but the first only hand on."""
-    calls: list[_Call] = []
+    calls: list[BlockCall] = []
     given: list[Tensor] = []
 
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keywords = dict(kwargs)
         hidden = args[0] if args else keywords.pop("hidden_states")
         given.append(hidden)
-        calls.append(_Call(args[1:], keywords))
+        calls.append(BlockCall(args[1:], keywords))
 
     def skip(output: Any) -> Callable[..., Any]:
         return lambda hidden_states, *_rest, **_keywords: (

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from compressor.preflight import Plan, check
 from compressor.pruning import most_sensitive, prune, sensitivities
 from compressor.quantizers import NEED_HESSIAN, QUANTIZERS, rtn, snap
 from compressor.recipe import Recipe, parse_budget
-from compressor.retraining import TextDistillation, text_loss
+from compressor.retraining import TextDistillation, reconstruction, text_loss
 from compressor.retraining.distribution import join, main_first
 from compressor.scheme import QuantizationConfig, Scheme
 from compressor.solvers import by_input
@@ -107,6 +108,7 @@ def _train(name: str, recipe: Recipe, out: Path, report: Report) -> tuple[Result
     model = load_model(folder)
     choose_dense(model, recipe, result, text, report)
     sparse = sparsify(model, recipe, result.plan, text, report)
+    reconstruct(sparse, folder, recipe, text, result, report)
     retrain(sparse, folder, recipe, text, result, report)
     return result, sparse, text
 
@@ -136,7 +138,8 @@ def read_text(folder: Path, recipe: Recipe, result: Result) -> TextBlocks | None
 
 def blocks_needed(recipe: Recipe) -> int:
     """Blocks of text that calibration reads."""
-    return max(recipe.quantization.samples, recipe.sparsity.samples if recipe.sparsity else 1)
+    rebuilt = recipe.reconstruction.samples if recipe.reconstruction else 1
+    return max(rebuilt, recipe.quantization.samples, recipe.sparsity.samples if recipe.sparsity else 1)
 
 
 def choose_dense(
@@ -173,6 +176,31 @@ def sparsify(model: Any, recipe: Recipe, plan: Plan, text: TextBlocks | None, re
         model, batches, linears, plan.shapes, settings.criterion, lambda *progress: report(*progress, {})
     )
     return SparseModel(model, stats, masks)
+
+
+def reconstruct(
+    sparse: SparseModel, folder: Path, recipe: Recipe, text: TextBlocks | None, result: Result, report: Report
+) -> None:
+    """Trains each sparse block towards the dense one, where the recipe wants it."""
+    settings = recipe.reconstruction
+    if settings is None or text is None:
+        return
+    errors = reconstruction.reconstruct(
+        sparse.model,
+        load_model(folder),
+        {name: sparse.model.get_submodule(name) for name in sparse.masks},
+        sparse.masks,
+        text.blocks,
+        settings,
+        precision=recipe.retraining.loop.precision if recipe.retraining else "auto",
+        report=lambda done, total, figures: report("reconstruct", done, total, _rounded_all(figures)),
+    )
+    result.figures["block_error_one_shot"] = round(fmean(start for start, _ in errors), 4)
+    result.figures["block_error_reconstructed"] = round(fmean(end for _, end in errors), 4)
+
+
+def _rounded_all(figures: Mapping[str, float]) -> dict[str, Any]:
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def retrain(

@@ -21,6 +21,7 @@ from compressor.criteria import CRITERIA, WITHOUT_TEXT
 from compressor.masks import MaskShape
 from compressor.quantizers import NEED_HESSIAN, QUANTIZERS
 from compressor.retraining import METHODS, AstSettings, Budget, CastSettings, LoopSettings, LowRankSettings
+from compressor.retraining.reconstruction import ReconstructionSettings
 from compressor.scheme import LowRank, Scheme
 from compressor.solvers import SOLVERS
 
@@ -207,6 +208,8 @@ class Recipe(_Section):
     ignore: tuple[str, ...] = ()
     """Layers that stay dense: names, or `re:` patterns that match a whole name."""
     sparsity: Sparsity | None = None
+    reconstruction: ReconstructionSettings | None = None
+    """Train each block to give the dense block's output, before or instead of retraining."""
     retraining: Retraining | None = None
     quantization: Quantization = Quantization()
     overrides: tuple[Override, ...] = ()
@@ -216,6 +219,8 @@ class Recipe(_Section):
     def _consistent(self) -> Recipe:
         if self.retraining is not None and self.sparsity is None:
             raise ValueError("retraining needs a sparsity section: it trains a sparse model")
+        if self.reconstruction is not None and self.sparsity is None:
+            raise ValueError("reconstruction needs a sparsity section: it trains a sparse model")
         if self.quantization.transform is not None and self.retraining and self.retraining.low_rank is not None:
             raise ValueError(
                 "quantization.transform scales inputs that a low-rank branch reads too; leave one of them out"
@@ -266,7 +271,7 @@ class Recipe(_Section):
         calibrated = pruning is not None and (pruning.criterion not in WITHOUT_TEXT or pruning.dense_share > 0)
         settings = self.quantization
         rounded = settings.quantizer in NEED_HESSIAN or settings.transform is not None
-        return self.retraining is not None or calibrated or rounded
+        return self.retraining is not None or self.reconstruction is not None or calibrated or rounded
 
 
 def check_streamable(recipe: Recipe) -> None:
@@ -369,5 +374,6 @@ _SECTION_KEYS: dict[tuple[Any, ...], list[str]] = {
     ("retraining", "ast"): [field.name for field in fields(AstSettings)],
     ("retraining", "cast"): [field.name for field in fields(CastSettings)],
     ("retraining", "ast", "low_rank"): [field.name for field in fields(LowRankSettings)],
+    ("reconstruction",): [field.name for field in fields(ReconstructionSettings)],
     ("quantization",): list(Quantization.model_fields),
 }
