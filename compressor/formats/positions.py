@@ -25,7 +25,6 @@ _BY_OCCUPANCY = [_slots(bits) for bits in range(16)]
 _FIRST = torch.tensor([slots[0] if slots else 0 for slots in _BY_OCCUPANCY])
 _SECOND = torch.tensor([slots[1] if slots else 0 for slots in _BY_OCCUPANCY])
 _FITS = torch.tensor([slots is not None for slots in _BY_OCCUPANCY])
-_VALID = torch.tensor([(code & 3) < (code >> 2) for code in range(16)])
 _EMPTY_GROUP = 0 | 1 << 2
 
 
@@ -66,5 +65,6 @@ def expand24(kept: Tensor, meta: Tensor) -> Tensor:
 
 def check_positions(meta: Tensor) -> None:
     """Raises ValueError unless every group stores two slots in ascending order."""
-    if not bool((_VALID[(meta & 15).long()] & _VALID[(meta >> 4).long()]).all()):
+    low, high = (meta & 3) < (meta >> 2 & 3), (meta >> 4 & 3) < (meta >> 6)
+    if not bool((low & high).all()):
         raise ValueError("weight_meta holds positions that are not two ascending slots of four")

@@ -76,7 +76,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        self._vocab_size = max(vocab_size, tokenizer.vocab_size)
+        self._vocab_size = vocab_size
         self._eos = sorted(eos_token_ids)
         self._cache: OrderedDict[str, Grammar] = OrderedDict()
         self._lock = threading.Lock()
@@ -115,7 +115,8 @@ class GrammarCompiler:
 
         if self._view is None:
             try:
-                self._view = LLTokenizer(self._tokenizer.fast.to_str(), self._vocab_size, self._eos or None)
+                vocab_size = max(self._vocab_size, self._tokenizer.vocab_size)
+                self._view = LLTokenizer(self._tokenizer.fast.to_str(), vocab_size, self._eos or None)
             except ValueError as error:
                 raise GrammarError(f"this model's tokenizer cannot be guided by a schema: {error}") from None
         return self._view

@@ -117,13 +117,19 @@ class LLMEngine:
         self._sequences: dict[int, Sequence] = {}
 
     @classmethod
-    def from_folder(cls, folder: str | Path, config: EngineConfig | None = None, **settings: Any) -> LLMEngine:
-        """Load a checkpoint folder; `settings` are fields of EngineConfig."""
+    def from_folder(
+        cls,
+        folder: str | Path,
+        config: EngineConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+        **settings: Any,
+    ) -> LLMEngine:
+        """Load a checkpoint folder; `settings` are fields of EngineConfig, `tokenizer` is the folder's, if loaded."""
         config = config or EngineConfig(**settings)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         folder = Path(folder)
-        tokenizer = Tokenizer.from_folder(folder)
+        tokenizer = tokenizer or Tokenizer.from_folder(folder)
         engine = cls(load_model(folder, config.dtype, config.deterministic), tokenizer, config)
         if config.compile and not config.deterministic:  # a program that comes later would round elsewhere
             engine._use_program(folder)

@@ -23,6 +23,7 @@ from compressor.compressed_linear import CompressedEmbedding, CompressedLinear, 
 from serve.engine.model_runner import sampling_rows
 from serve.engine.scheduler import Scheduled
 from serve.engine.sequence import Sequence
+from serve.quick_torch import complete_torch
 
 NOTE = "through transformers: slower, one sequence after the other"
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -110,6 +111,7 @@ def load_with_transformers(checkpoint: Checkpoint, dtype: torch.dtype, reason: V
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
+    complete_torch()
     from transformers import AutoModelForCausalLM
 
     import compressor.hf  # noqa: F401  registers the packed format

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint import Checkpoint, check_manifest
 from compressor.compressed_linear import CompressedEmbedding, CompressedLinear, PackedModule, tie
 from serve.engine.models.config import ModelConfig, UnservedError, parse_config
 from serve.engine.models.decoder import MLP, Attention, Decoder, DecoderLayer, Norm
@@ -56,8 +57,14 @@ class LoadedModel:
 
 def load_model(folder: Path, dtype: str = "bfloat16", deterministic: bool = False) -> LoadedModel:
     """Read `folder`; ValueError says what is wrong with it. `deterministic`: no token's result depends on others."""
-    checkpoint = Checkpoint.open(folder)
-    decoder, formats = _decoder(checkpoint, getattr(torch, dtype), fixed_rows if deterministic else None)
+    checkpoint = Checkpoint.open(folder, verify=False)
+    with ThreadPoolExecutor(1, "manifest") as pool:  # hashing takes as long as reading, and needs no lock of Python's
+        verified = pool.submit(check_manifest, folder) if checkpoint.packed else None
+        try:
+            decoder, formats = _decoder(checkpoint, getattr(torch, dtype), fixed_rows if deterministic else None)
+        finally:
+            if verified is not None:
+                verified.result()  # an altered file is the better reason for whatever else failed
     checkpoint.close()
     generation = read_json(folder / "generation_config.json")
     eos = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from serve.options import ServeOptions
+from serve.quick_torch import import_torch
 
 if TYPE_CHECKING:
     from serve.engine.llm_engine import LLMEngine
+    from serve.engine.tokenizer import Tokenizer
 
 WEB_MODULES = ("fastapi", "uvicorn", "jinja2.sandbox", "serve.api.schema")
 
@@ -39,6 +43,8 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
         web.join()
         from serve.api.server import Server
 
+        gc.collect()
+        gc.freeze()  # what is loaded stays: later collections need not look through a million objects
         server = Server(engine, options, listener)
         say(_summary(options, engine, listener, time.perf_counter() - began))
         return asyncio.run(server.run())
@@ -47,6 +53,8 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
 def load_engine(options: ServeOptions) -> LLMEngine:
     # Plain weights go through oneDNN, which keeps a primitive for every batch size it ever saw, 1024 by default.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(_tokenizer, options)  # beside the import: it holds no lock
+    import_torch()
     from serve.engine.config import EngineConfig
     from serve.engine.llm_engine import LLMEngine
 
@@ -64,7 +72,13 @@ def load_engine(options: ServeOptions) -> LLMEngine:
         kv_cache_dtype=options.kv_cache_dtype,
         num_threads=options.threads,
     )
-    return LLMEngine.from_folder(options.folder, config)
+    return LLMEngine.from_folder(options.folder, config, tokenizer.result())
+
+
+def _tokenizer(options: ServeOptions) -> Tokenizer:
+    from serve.engine.tokenizer import Tokenizer
+
+    return Tokenizer.from_folder(options.folder)
 
 
 def _check(options: ServeOptions) -> str:
