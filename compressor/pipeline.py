@@ -228,6 +228,7 @@ def retrain(
             temperature=settings.loop.temperature,
             cache=settings.loop.teacher_cache,
             top_k=settings.loop.teacher_top_k,
+            distill=settings.loop.distill,
         ),
         linears,
         sparse.masks,

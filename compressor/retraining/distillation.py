@@ -55,6 +55,13 @@ def hidden_states(model: nn.Module, ids_BL: Tensor) -> Tensor:
     return hidden
 
 
+def block_outputs(model: nn.Module, ids_BL: Tensor) -> tuple[Tensor, ...]:
+    """Outputs of all blocks [B, L, H]; the last is what the head reads."""
+    body: Any = getattr(model, "base_model", None)
+    outputs: tuple[Tensor, ...] = body(input_ids=ids_BL, use_cache=False, output_hidden_states=True).hidden_states[1:]
+    return outputs
+
+
 def head_of(model: nn.Module) -> Head:
     """The model's map from hidden states to logits, checked against its own forward pass."""
     get_head = getattr(model, "get_output_embeddings", None)

@@ -54,6 +54,7 @@ class LoopSettings:
     Args:
         batch: blocks per optimiser step, run `micro_batch` at a time (all at once when None).
         kl_weight: a in a*KL + (1-a)*CE; 0 needs no teacher.
+        distill: "kl", or "hidden" for the squared error of the blocks' outputs in its place.
         teacher_cache: what is kept on disk of the teacher, for the next student on the same text: "off", "hidden" (its
             last hidden states, exact) or "top-k" (its `teacher_top_k` most likely tokens, smaller).
         quantize_share: the last share of the budget, in which the forward sees the packed values.
@@ -79,6 +80,7 @@ class LoopSettings:
     clip: float = 1.0
     kl_weight: float = 1.0
     temperature: float = 1.0
+    distill: str = "kl"
     teacher_cache: str = "off"
     teacher_top_k: int = 64
     quantize_share: float = 0.0

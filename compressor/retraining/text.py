@@ -9,8 +9,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from compressor.retraining.distillation import Head, TopK, chunked_loss, head_of, hidden_states, next_tokens
+from compressor.retraining.distillation import (
+    Head,
+    TopK,
+    block_outputs,
+    chunked_loss,
+    head_of,
+    hidden_states,
+    next_tokens,
+)
 from compressor.retraining.teacher_cache import KINDS, TeacherCache, cache_key
+
+DISTILL = ("kl", "hidden")
 
 
 class TextDistillation:
@@ -23,6 +33,8 @@ class TextDistillation:
         temperature: T of the published code; the paper's formula has none (1).
         cache: what is kept on disk of the teacher: "off", "hidden" or "top-k" (teacher_cache.py).
         top_k: tokens kept with "top-k".
+        distill: "kl", or "hidden": in place of KL the squared error of every block's output as a share of the
+            teacher's (SquareHead, arXiv 2310.06927), which the paper found to be worse.
     """
 
     def __init__(
@@ -34,6 +46,7 @@ class TextDistillation:
         temperature: float = 1.0,
         cache: str = "off",
         top_k: int = 64,
+        distill: str = "kl",
     ) -> None:
         if tokens_NL.dim() != 2 or tokens_NL.shape[0] < 1 or tokens_NL.shape[1] < 2:
             raise ValueError(
@@ -43,6 +56,13 @@ class TextDistillation:
             raise ValueError(f"kl_weight {kl_weight} given without a dense teacher; give one, or kl_weight 0")
         if cache not in KINDS:
             raise ValueError(f"teacher_cache {cache!r} given; accepted are {', '.join(KINDS)}")
+        if distill not in DISTILL:
+            raise ValueError(f"distill {distill!r} given; accepted are {', '.join(DISTILL)}")
+        if distill == "hidden" and cache != "off":
+            raise ValueError(
+                "distill 'hidden' compares every block, which no teacher cache holds; give teacher_cache off"
+            )
+        self._hidden_loss = distill == "hidden" and kl_weight > 0
         self.tokens_NL, self.kl_weight, self.temperature = tokens_NL, kl_weight, temperature
         self._kind, self._top_k = cache, top_k
         self._teacher = teacher if kl_weight > 0 else None
@@ -86,6 +106,8 @@ class TextDistillation:
             raise RuntimeError("prepare() comes before backward()")
         ids_BL = self.tokens_NL[examples].to(next(model.parameters()).device)
         positions, labels = next_tokens(ids_BL)
+        if self._hidden_loss:
+            return self._backward_hidden(model, ids_BL, weight)
         teacher_TH, top_k = self._teacher_says(ids_BL, examples)
         student_TH = hidden_states(model, ids_BL).flatten(0, 1)[positions]
         loss, gradient = chunked_loss(
@@ -101,6 +123,24 @@ class TextDistillation:
         )
         student_TH.backward(gradient)
         return {"total": loss.total, "kl": loss.kl, "ce": loss.ce}
+
+    def _backward_hidden(self, model: nn.Module, ids_BL: Tensor, weight: float) -> dict[str, float]:
+        assert self._teacher is not None and self._heads is not None
+        with torch.no_grad():
+            theirs = block_outputs(self._teacher, ids_BL)
+        ours = block_outputs(model, ids_BL)
+        shares = [
+            (mine.float() - other.float()).square().sum() / other.float().square().sum()
+            for mine, other in zip(ours, theirs, strict=True)
+        ]
+        apart = torch.stack(shares).mean()
+        positions, labels = next_tokens(ids_BL)
+        student_TH = ours[-1].flatten(0, 1)[positions]
+        rest = 1.0 - self.kl_weight
+        ce, gradient = chunked_loss(student_TH, self._heads[0], labels, weight=weight * rest)
+        torch.autograd.backward([student_TH, apart], [gradient, apart.new_tensor(self.kl_weight * weight)])
+        total = self.kl_weight * float(apart.detach()) + rest * ce.ce
+        return {"total": total, "hidden": float(apart.detach()), "ce": ce.ce}
 
     @torch.no_grad()
     def _teacher_says(self, ids_BL: Tensor, examples: Tensor) -> tuple[Tensor | None, TopK | None]:

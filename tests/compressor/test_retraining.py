@@ -189,6 +189,23 @@ def test_cross_entropy_alone_needs_no_teacher() -> None:
     assert report.validation_loss < report.validation_loss_before - 0.5  # type: ignore[operator]
 
 
+def test_the_hidden_state_loss_brings_the_blocks_nearer() -> None:
+    model, teacher = llama(), llama()
+    linears = linears_of(model)
+    objective = TextDistillation(text(), teacher, kl_weight=0.5, distill="hidden")
+    found: list[dict[str, float]] = []
+    retrain(
+        model, objective, linears, masks_of(linears), Budget(tokens=60 * 64), loop=FP32, settings=AstSettings(),
+        progress=lambda _step, _total, metrics: found.append(dict(metrics)),
+    )  # fmt: skip
+    assert found[-1]["hidden"] < 0.9 * found[0]["hidden"]
+    assert found[0]["total"] == pytest.approx(0.5 * found[0]["hidden"] + 0.5 * found[0]["ce"])
+    with pytest.raises(ValueError, match="accepted are kl, hidden"):
+        TextDistillation(text(), teacher, distill="attention")
+    with pytest.raises(ValueError, match="no teacher cache holds"):
+        TextDistillation(text(), teacher, distill="hidden", cache="top-k")
+
+
 def test_a_time_budget_ends_near_its_time() -> None:
     report = run(llama(), budget=Budget(seconds=2.0))
     assert 0.5 < report.seconds < 4.0 and report.steps > 4

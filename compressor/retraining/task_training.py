@@ -1,0 +1,167 @@
+"""Fine-tune a model for a task while pruning it: PST, or one of the methods that it is compared with.
+
+The loop, its schedules, resuming and metrics are those of retraining; the objective is the task's, and the method
+decides what trains. PST and LoRA train their small matrices and the task's head; the others train everything.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from compressor.masks import TWO_OF_FOUR, MaskShape
+from compressor.retraining.loop import LoopSettings, Progress, Run, compute_dtype, identity_of, plain_attention
+from compressor.retraining.objective import Objective
+from compressor.retraining.optimizers import AdamSettings, Trained
+from compressor.retraining.pst import Pst, PstSettings, Snap
+from compressor.retraining.rows_and_heads import Structures
+from compressor.retraining.schedules import Budget, Plan
+from compressor.retraining.snapshots import Snapshots
+from compressor.retraining.task_methods import METHODS, FullTraining, lora_settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """What is to be trained, beside the model and its examples.
+
+    Args:
+        method: a name in METHODS.
+        shape: which masks are possible.
+        structures: whole rows and heads instead; for PST only.
+        head: names of the parameters that the task brought, which train under every method.
+    """
+
+    method: str = "pst"
+    shape: MaskShape = TWO_OF_FOUR
+    structures: Structures | None = None
+    settings: PstSettings = field(default_factory=PstSettings)
+    head: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"task method {self.method!r} given; accepted are {', '.join(METHODS)}")
+        if self.structures is not None and self.method not in ("pst", "lora-magnitude"):
+            raise ValueError(f"rows and heads are pruned by pst only, not by {self.method!r}")
+
+
+@dataclass(frozen=True)
+class FinetuningReport:
+    """What happened, for the model card; `trainer` still holds the small matrices and the scores."""
+
+    steps: int
+    seconds: float
+    precision: str
+    parameters: int
+    trained_parameters: int
+    optimizer_bytes: int
+    metrics: dict[str, float]
+    trainer: Pst | FullTraining = field(repr=False)
+
+    @property
+    def trained_share(self) -> float:
+        """Trained parameters over those of the dense model."""
+        return self.trained_parameters / self.parameters
+
+
+def epochs_budget(epochs: float, examples: int, tokens: int, batch: int) -> Budget:
+    """The budget of so many passes over all examples, each counted at its greatest length."""
+    steps = max(1, round(epochs * examples / batch))
+    return Budget(tokens=steps * batch * tokens)
+
+
+def finetune(
+    model: nn.Module,
+    objective: Objective,
+    linears: Mapping[str, nn.Module],
+    budget: Budget,
+    what: TaskRun,
+    *,
+    loop: LoopSettings,
+    work_dir: Path | None = None,
+    snap: Snap | None = None,
+    progress: Progress | None = None,
+) -> FinetuningReport:
+    """Fine-tune `model` in place; it ends as a plain model, as sparse as the method makes it, in the dtype it came in.
+
+    Args:
+        linears: the linears to prune, by name.
+        work_dir: where snapshots and metrics.jsonl are kept, so that a killed run goes on; None keeps nothing.
+        snap: the packed grid of a linear's values, for loop.quantize_share.
+    """
+    before = next(model.parameters()).dtype
+    snapshots = None
+    if work_dir is not None:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        record = {"loop": asdict(loop), "what": repr(what), "budget": asdict(budget)}
+        snapshots = Snapshots(work_dir / "snapshots", identity_of(model, {}, objective, record), loop.keep_checkpoints)
+    run, trainer = start(model, objective, linears, budget, what, loop=loop, snap=snap)
+    run.snapshots, run.progress = snapshots, progress
+    run.metrics_file = None if work_dir is None else work_dir / "metrics.jsonl"
+    with plain_attention(model, objective.tokens):
+        run.train()
+    trainer.finish()
+    trainer.detach()
+    precision = str(next(model.parameters()).dtype).removeprefix("torch.")
+    _cast(model.requires_grad_(True), before)
+    log.info("fine-tuned %d steps in %.0f s", run.step, run.plan.spent_seconds)
+    trained, state = sizes(trainer.trained)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return FinetuningReport(run.step, run.plan.spent_seconds, precision, parameters, trained, state, run.last, trainer)
+
+
+def start(
+    model: nn.Module,
+    objective: Objective,
+    linears: Mapping[str, nn.Module],
+    budget: Budget,
+    what: TaskRun,
+    *,
+    loop: LoopSettings,
+    snap: Snap | None = None,
+) -> tuple[Run, Pst | FullTraining]:
+    """A run at its first step, and its method."""
+    dtype = compute_dtype(loop.precision, next(model.parameters()).device)
+    model.eval().requires_grad_(False)
+    trainer = _trainer(model, linears, what, loop, snap)
+    _cast(model, dtype)
+    if isinstance(trainer, Pst):
+        trainer.cast(dtype)
+    for entry in trainer.trained:
+        entry.parameter.requires_grad_(True)
+    objective.prepare(model, dtype)
+    return Run(model, objective, trainer, loop, Plan(budget, loop.batch * objective.tokens)), trainer
+
+
+def _trainer(
+    model: nn.Module, linears: Mapping[str, nn.Module], what: TaskRun, loop: LoopSettings, snap: Snap | None
+) -> Pst | FullTraining:
+    adam = AdamSettings(loop.beta1, loop.beta2, loop.eps, loop.weight_decay)
+    sparse = {id(module.weight) for module in linears.values()}
+    others = {name: p for name, p in model.named_parameters() if id(p) not in sparse}
+    if what.method not in ("pst", "lora-magnitude"):
+        return FullTraining(what.method, linears, others, what.shape, what.settings, adam, head=what.head, snap=snap)
+    settings = what.settings if what.method == "pst" else lora_settings(what.settings)
+    head = {name: parameter for name, parameter in others.items() if name in what.head}
+    return Pst(linears, head, what.shape, settings, adam, structures=what.structures, seed=loop.seed, snap=snap)
+
+
+def sizes(entries: Iterable[Trained]) -> tuple[int, int]:
+    """Numbers that train, and bytes that the optimiser keeps for them: fp32 copy and both moments."""
+    trained = state = 0
+    for entry in entries:
+        trained += entry.master.numel()
+        state += entry.momentum.nbytes + entry.variance.nbytes
+        state += 0 if entry.master.data_ptr() == entry.parameter.data_ptr() else entry.master.nbytes
+    return trained, state
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
