@@ -13,6 +13,10 @@ BENCHMARKS = {
         "dense against compressed: size, memory, speed, perplexity; table, JSON and page",
     ),
     "quality": ("benchmarks.quality", "perplexity of models on held-out text, through the engine that serves them"),
+    "retraining": (
+        "benchmarks.retraining",
+        "retraining methods at equal tokens: published, CAST, ours; ablation; cost",
+    ),
     "kernels": ("benchmarks.kernels", "time and bandwidth of each kernel, per shape and batch, against dense"),
     "throughput": ("benchmarks.throughput", "one stream: prefill and decode against llama.cpp and dense bf16"),
     "serving": ("benchmarks.serving", "many streams over HTTP against other servers; start and memory"),

@@ -1,0 +1,234 @@
+"""`python -m benchmarks retraining`: retraining methods at equal tokens, from one dense model on one text.
+
+Rows are arms (retraining_arms.py). Each is made by `compress` in a process of its own, which goes on where it was
+killed, and looked at once: perplexity of held-out texts in windows, by transformers in bf16 on the unpacked weights,
+and last-word accuracy (last_word.py). A row that the record holds is not made again. Which setting of a method counts
+is decided on held-out *training* text, before any evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import make_record, parser, read_record, write_record
+from benchmarks.retraining_arms import BUDGETS, Arm, ablation_arms, arms_of, one_shot_arms
+
+_PUBLISHED, _OURS = "AST as published", "ours"
+_WINDOWS = (512, 2048)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Makes and measures what is missing, prints a table, writes the record."""
+    flags = parser("retraining", __doc__.splitlines()[0])
+    flags.add_argument("--model", default="pypi:smollm2-135m-instruct", help="a dense model (default: %(default)s)")
+    flags.add_argument("--work", type=Path, required=True, metavar="DIR", help="where models are kept between runs")
+    flags.add_argument("--budgets", default="0.1M", help=f"comma-separated, of {', '.join(BUDGETS)} (default: 0.1M)")
+    flags.add_argument("--methods", help="comma-separated methods to make rows of (default: all)")
+    flags.add_argument("--ablation", action="store_true", help="the ablation's rows too")
+    flags.add_argument("--wikitext", type=Path, metavar="FILE", help="WikiText-2 validation, in its tokenised form")
+    flags.add_argument("--speeches", type=Path, metavar="FILE", help="a text out of domain, plain")
+    flags.add_argument(
+        "--tokens", type=int, default=32_768, help="tokens of each evaluation text (default: %(default)s)"
+    )
+    flags.add_argument("--minutes", type=float, default=math.inf, help="start no further row after so long")
+    flags.add_argument("--cost", action="store_true", help="measure the cost of a step and the loop's speed too")
+    options = flags.parse_args(list(argv))
+    rows = read_record(options.json, "retraining")["rows"] if options.json and options.json.is_file() else []
+    bench = Bench(options)
+    started = time.monotonic()
+    bench.add_dense(rows)
+    table = _wanted(options)
+    for arm in table:
+        if (time.monotonic() - started) / 60 > options.minutes:
+            print("out of time: the same command goes on with the rows that are missing")
+            break
+        if not any(row["arm"] == arm.label for row in rows):
+            rows.append(bench.row(arm))
+            _write(options, argv, rows)
+            print(_sentence(rows[-1]), flush=True)
+    if options.cost:
+        from benchmarks.training_cost import cost_rows
+
+        rows[:] = [row for row in rows if row.get("kind") != "cost"]
+        rows += cost_rows(bench.dense, bench.windows["heldout"])
+    _write(options, argv, rows)
+    _print(rows)
+    for key, value in headline(rows).items():
+        print(f"{key:34} {value:.4f}")
+    return 0
+
+
+def _wanted(options: Any) -> list[Arm]:
+    for budget in options.budgets.split(","):
+        if budget not in BUDGETS:
+            raise ValueError(f"budget {budget!r} given; accepted are {', '.join(BUDGETS)}")
+    arms = [*one_shot_arms(), *(arm for budget in options.budgets.split(",") for arm in arms_of(budget))]
+    arms += ablation_arms() if options.ablation else []
+    if options.methods:
+        names = options.methods.split(",")
+        known = {arm.method for arm in arms}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"no method {unknown[0]!r}; accepted: {', '.join(sorted(known))}")
+        arms = [arm for arm in arms if arm.method in names]
+    return arms
+
+
+def _write(options: Any, argv: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    if options.json:
+        settings = {"tokens": options.tokens, "model": Path(options.model).name, "budgets": BUDGETS}
+        write_record(options.json, make_record("retraining", argv, rows, headline(rows), settings=settings))
+
+
+class Bench:
+    """The dense model, the texts, and how an arm is made and measured."""
+
+    def __init__(self, options: Any) -> None:
+        from benchmarks.last_word import last_word_items
+        from benchmarks.texts import read_windows
+        from compressor.models import fetch_model, load_tokenizer
+
+        self.work: Path = options.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.dense = fetch_model(options.model)
+        tokenizer = load_tokenizer(self.dense)
+        sources = {"heldout": ("heldout", False)}
+        if options.wikitext:
+            sources["wikitext"] = (str(options.wikitext), True)
+        if options.speeches:
+            sources["speeches"] = (str(options.speeches), False)
+        self.windows = {}
+        for name, (source, detokenise) in sources.items():
+            for window in _WINDOWS if name != "speeches" else _WINDOWS[:1]:
+                found = read_windows(source, tokenizer, window=window, max_tokens=options.tokens, wikitext=detokenise)
+                self.windows[name if window == _WINDOWS[0] else f"{name} @ {window}"] = found.tokens
+        self.items = last_word_items(tokenizer)
+
+    def add_dense(self, rows: list[dict[str, Any]]) -> None:
+        """What the arms are measured against."""
+        if not any(row["arm"] == "dense" for row in rows):
+            rows.insert(0, {"arm": "dense", "method": "dense", "tokens": 0} | self._measure(self.dense))
+
+    def row(self, arm: Arm) -> dict[str, Any]:
+        """Makes and measures one arm."""
+        name = "".join(letter if letter.isalnum() else "-" for letter in arm.label)
+        out, dense = self.work / name, self.work / f"{name}-dense"
+        result = self.work / f"{name}.json"
+        if not out.is_dir():
+            recipe = dict(arm.recipe)
+            if "retraining" in recipe:
+                recipe["retraining"] = {**recipe["retraining"], "budget": f"{arm.tokens}tok"}
+            job = {"model": str(self.dense), "recipe": recipe, "out": str(out), "result": str(result)}
+            command = [sys.executable, "-m", "benchmarks.retraining", json.dumps(job)]
+            log = self.work / f"{name}.log"
+            with log.open("a") as file:
+                if subprocess.run(command, stdout=file, stderr=file, check=False).returncode:
+                    raise ValueError(f"{arm.label} could not be made: {log.read_text().strip().splitlines()[-1]}")
+        from compressor.exports import export_checkpoint
+
+        figures = json.loads(result.read_text())
+        export_checkpoint(out, "dense", dense, force=True, allow_lossy=True)  # folds the low-rank branch
+        measured = self._measure(dense)
+        shutil.rmtree(dense, ignore_errors=True)
+        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        return {"arm": arm.label, "method": arm.method, "tokens": arm.tokens, "bytes": size, **figures, **measured}
+
+    def _measure(self, folder: Path) -> dict[str, Any]:
+        from benchmarks.last_word import accuracy
+        from benchmarks.quantisers import perplexity_losses
+        from compressor.models import load_model
+
+        model = load_model(folder)
+        result: dict[str, Any] = {}
+        for name, windows in self.windows.items():
+            losses = perplexity_losses(model, windows)
+            mean = float(losses.mean())
+            result[f"log_ppl {name}"] = mean
+            result[f"ppl {name}"] = math.exp(mean)
+            result[f"stderr {name}"] = float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else None
+        return result | accuracy(model, self.items)
+
+
+def best(rows: Sequence[Mapping[str, Any]], method: str, tokens: int) -> Mapping[str, Any] | None:
+    """Of a method's rows at one budget, the one with the lowest loss on held-out training text."""
+    found = [row for row in rows if row.get("method") == method and row.get("tokens") == tokens]
+    return min(found, key=lambda row: row.get("validation_loss_retrained") or math.inf, default=None)
+
+
+def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Remaining gaps to dense in log-perplexity, ours over the published recipe's; the ablation's losses; cost."""
+    result: dict[str, float] = {}
+    dense = best(rows, "dense", 0)
+    texts = ("heldout", "wikitext")
+    for budget, tokens in BUDGETS.items():
+        ours, theirs = best(rows, _OURS, tokens), best(rows, _PUBLISHED, tokens)
+        if dense is None or ours is None or theirs is None:
+            continue
+        ratios = [
+            (ours[f"log_ppl {text}"] - dense[f"log_ppl {text}"])
+            / (theirs[f"log_ppl {text}"] - dense[f"log_ppl {text}"])
+            for text in texts
+            if f"log_ppl {text}" in dense
+        ]
+        result[f"log_ppl_gap_vs_paper_{budget}"] = max(ratios)
+        packed = best(rows, "ours, int4", tokens)
+        if packed is not None:
+            increases = [math.exp(packed[f"log_ppl {text}"] - ours[f"log_ppl {text}"]) - 1 for text in texts if
+                         f"log_ppl {text}" in dense]  # fmt: skip
+            result["int4_ppl_increase"] = max(increases)
+    full = next((row for row in rows if row["arm"] == "ablation: full"), None)
+    for key in ("no distillation", "fixed mask", "constant decay"):
+        row = next((row for row in rows if row["arm"] == f"ablation: {key}"), None)
+        if full is not None and row is not None:
+            result[f"ablation_{key.replace(' ', '_')}"] = row["log_ppl heldout"] - full["log_ppl heldout"]
+    for row in rows:
+        if row.get("kind") == "cost":
+            result |= row["figures"]
+    return result
+
+
+def _sentence(row: Mapping[str, Any]) -> str:
+    texts = ", ".join(f"{key[4:]} {value:.2f}" for key, value in row.items() if key.startswith("ppl "))
+    trained = row.get("validation_loss_retrained")
+    return f"{row['arm']}: perplexity {texts}; validation loss {trained}; last words {row['last_word_accuracy']:.3f}"
+
+
+def _print(rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = [row for row in rows if row.get("kind") != "cost"]
+    names = [key[4:] for key in shown[0] if key.startswith("ppl ")]
+    table = Table("arm", "training loss", *(f"ppl {name}" for name in names), "last words", "min")
+    for row in shown:
+        loss = row.get("validation_loss_retrained") or row.get("validation_loss_one_shot")
+        minutes = row.get("retraining_seconds")
+        table.add_row(
+            row["arm"], f"{loss:.3f}" if loss else "", *(f"{row[f'ppl {name}']:,.2f}" for name in names),
+            f"{row['last_word_accuracy']:.3f} ± {row['last_word_stderr']:.3f}",
+            f"{minutes / 60:.0f}" if minutes else "",
+        )  # fmt: skip
+    Console(width=None if Console().is_terminal else 140).print(table)
+
+
+def make(job: Mapping[str, Any]) -> None:
+    """The process that makes one arm: `compress`, then its figures beside the folder."""
+    from compressor.pipeline import compress
+    from compressor.progress import reporter
+    from compressor.recipe import parse_recipe
+
+    with reporter() as report:
+        result = compress(job["model"], parse_recipe(job["recipe"]), job["out"], report=report)
+    Path(job["result"]).write_text(json.dumps(result.figures))
+
+
+if __name__ == "__main__":
+    make(json.loads(sys.argv[1]))

@@ -1,0 +1,152 @@
+"""The arms of `python -m benchmarks retraining`: each is a recipe and a budget of tokens.
+
+All train on the same blocks of the same text, in the same order, with schedules that are shares of the budget. The
+published recipe is given a grid of starting points and rates; the best on held-out training text stands for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+Record = dict[str, Any]
+
+BUDGETS = {"0.1M": 100_000, "0.25M": 250_000, "1M": 1_000_000}
+ABLATION_TOKENS = 50_000
+_ONE_SHOT: Record = {
+    "sparsity": {"criterion": "magnitude"},
+    "quantization": {"values": "bfloat16", "embeddings": "dense"},
+}
+_RATES = (1e-4, 3e-4, 1e-3)
+_STARTS = ("magnitude", "sparsegpt")
+# The published settings (GPT-2 sizes), but for the batch: 128 blocks of 1,024 tokens would be one step.
+_PUBLISHED_LOOP: Record = {
+    "warmup": 0.05,
+    "final_rate": 0.1,
+    "beta2": 0.95,
+    "weight_decay": 0.1,
+    "kl_weight": 0.67,
+    "temperature": 2.0,
+    "train": "all",
+}
+_PUBLISHED_AST: Record = {
+    "form": "decoupled",
+    "mask_decay": 1e-4,
+    "mask_decay_ramp": 0.25,
+    "refresh_every": 10,
+    "masked_start": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row.
+
+    Args:
+        label: unique.
+        method: whose row it is; of several with one method and budget the best on held-out training text counts.
+        tokens: budget; 0 for one-shot.
+        recipe: for `compress`.
+    """
+
+    label: str
+    method: str
+    tokens: int
+    recipe: Record
+
+
+def one_shot_arms() -> list[Arm]:
+    """Pruned without training."""
+    return [
+        Arm(
+            f"one-shot {criterion}",
+            f"one-shot {criterion}",
+            0,
+            _with(_ONE_SHOT, {"sparsity": {"criterion": criterion}}),
+        )
+        for criterion in ("magnitude", "wanda", "sparsegpt")
+    ]
+
+
+def arms_of(budget: str) -> list[Arm]:
+    """The trained arms at one budget: the published recipe's grid, CAST's, and the shipped defaults."""
+    tokens = BUDGETS[budget]
+    grid = [
+        Arm(
+            f"AST as published, {start} start, rate {rate:g} @ {budget}",
+            "AST as published",
+            tokens,
+            published(start, rate),
+        )
+        for start in _STARTS
+        for rate in _RATES
+    ]
+    cast = [
+        Arm(f"CAST, rate {rate:g}, lambda {decay:g} @ {budget}", "CAST", tokens, cast_recipe(rate, decay))
+        for rate in (3e-4, 1e-3)
+        for decay in (1e-4,)
+    ]
+    ours = [
+        Arm(f"{method} @ {budget}", method, tokens, shipped(name))
+        for method, name in (
+            ("ours", "ast-2of4-bf16"),
+            ("ours, int4", "ast-2of4-int4"),
+            ("ours with SLoRB, int4", "ast-slorb-2of4-int4"),
+            ("ours, int8", "ast-2of4-int8"),
+        )
+    ]
+    return [*grid, *cast, *ours]
+
+
+def ablation_arms() -> list[Arm]:
+    """The paper's ablation in small: what the published method loses without each of its parts."""
+    full = published("magnitude", 3e-4)
+    changes: dict[str, Record] = {
+        "full": {},
+        "fixed mask": {"retraining": {"ast": {"refresh_every": 0}}},
+        "constant decay": {"retraining": {"ast": {"mask_decay_ramp": 1e-6}}},
+        "no distillation": {"retraining": {"loop": {"kl_weight": 0.0}}},
+        "naive": {"retraining": {"loop": {"kl_weight": 0.0}, "ast": {"mask_decay": 0.0}}},
+        "hidden-state loss": {"retraining": {"loop": {"distill": "hidden"}}},
+    }
+    return [
+        Arm(f"ablation: {name}", f"ablation: {name}", ABLATION_TOKENS, _with(full, change))
+        for name, change in changes.items()
+    ]
+
+
+def published(start: str, rate: float) -> Record:
+    """AST with the paper's settings as shares of the budget."""
+    retraining = {"method": "ast", "loop": _PUBLISHED_LOOP | {"learning_rate": rate}, "ast": _PUBLISHED_AST}
+    return _with(_ONE_SHOT, {"sparsity": {"criterion": start, "samples": 32}, "retraining": retraining})
+
+
+def cast_recipe(rate: float, decay: float) -> Record:
+    """CAST with KL weight 1/3, from the dense weights."""
+    retraining = {
+        "method": "cast",
+        "loop": {"learning_rate": rate, "kl_weight": 1 / 3, "weight_decay": 0.0},
+        "cast": {"l1_decay": decay},
+    }
+    return _with(_ONE_SHOT, {"retraining": retraining})
+
+
+def shipped(name: str) -> Record:
+    """A recipe of the package, as a record."""
+    from compressor.recipe import load_recipe
+
+    record: Record = load_recipe(name).model_dump(mode="json", exclude_none=True)
+    if record["quantization"]["values"] == "bfloat16":
+        record["quantization"]["embeddings"] = "dense"
+    return record
+
+
+def _with(record: Mapping[str, Any], change: Mapping[str, Any]) -> Record:
+    """The record with some entries changed, at any depth."""
+    result: Record = deepcopy(dict(record))
+    for key, value in change.items():
+        inside = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _with(result[key], value) if inside else deepcopy(value)
+    return result
