@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -169,5 +170,5 @@ def _trainer(folder: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    kinds = {"memory": _memory, "loop": _loop, "trainer": _trainer}
+    kinds: dict[str, Callable[..., dict[str, float]]] = {"memory": _memory, "loop": _loop, "trainer": _trainer}
     print(json.dumps(kinds[sys.argv[1]](*sys.argv[2:])))

@@ -157,7 +157,13 @@ def choose_dense(
     linears = {name: module for name, module in block_linears(model).items() if name in plan.schemes}
     batches = list(text.blocks[: settings.samples].split(8))
     found = sensitivities(
-        model, batches, linears, plan.shapes, settings.criterion, lambda *progress: report(*progress, {}), residence
+        model,
+        batches,
+        linears,
+        plan.shapes,
+        settings.criterion,
+        lambda stage, done, total: report(stage, done, total, {}),
+        residence,
     )
     sizes = {name: weight_of(module).numel() for name, module in linears.items()}
     names = most_sensitive(found, sizes, settings.dense_share)
@@ -173,7 +179,12 @@ def sparsify(model: Any, recipe: Recipe, plan: Plan, text: TextBlocks | None, re
     settings = recipe.sparsity
     batches = [] if text is None else list(text.blocks[: settings.samples].split(8))
     masks, stats = prune(
-        model, batches, linears, plan.shapes, settings.criterion, lambda *progress: report(*progress, {})
+        model,
+        batches,
+        linears,
+        plan.shapes,
+        settings.criterion,
+        lambda stage, done, total: report(stage, done, total, {}),
     )
     return SparseModel(model, stats, masks)
 

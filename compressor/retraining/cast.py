@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from compressor.calibration import weight_of
 from compressor.low_rank import LowRankBranch
 from compressor.masks import TWO_OF_FOUR, MaskShape, flip_rate
 from compressor.retraining.ast import Snap, own_part
@@ -71,7 +72,7 @@ class Cast:
         self.scales: dict[str, Trained] = {}
         for name, module in linears.items():
             self.shapes[name].check(masks[name])
-            mask = own_part(name, masks[name].to(module.weight.device, copy=True), module, self.shapes[name])
+            mask = own_part(name, masks[name].to(weight_of(module).device, copy=True), module, self.shapes[name])
             entry = train_linear(f"{name}.weight", module, mask, adam)
             entry.prunes = False
             if settings.row_parts:

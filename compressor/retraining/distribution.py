@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
@@ -164,12 +164,12 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
     """Shard the parameters of the blocks over all processes, along rows as [O, I]."""
     for block in blocks:
         turned = {id(module.weight) for module in block.modules() if is_conv1d(module)}
-        fully_shard(
-            block,
-            # Each block is a root of its own, and roots would keep all rows after a forward pass without gradients.
-            reshard_after_forward=True,
-            shard_placement_fn=lambda parameter, turned=turned: Shard(1) if id(parameter) in turned else Shard(0),
-        )
+        # Each block is a root of its own, and roots would keep all rows after a forward pass without gradients.
+        fully_shard(block, reshard_after_forward=True, shard_placement_fn=partial(_placement, turned))
+
+
+def _placement(turned: set[int], parameter: nn.Parameter) -> Shard:
+    return Shard(1) if id(parameter) in turned else Shard(0)
 
 
 def _average(bucket: list[Trained], world: int) -> None:

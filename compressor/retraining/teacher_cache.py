@@ -96,7 +96,7 @@ def cache_key(teacher: nn.Module, tokens: Tensor, *more: object) -> str:
     return digest.hexdigest()
 
 
-def _open(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:  # type: ignore[type-arg]
+def _open(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     if not file.exists():
         part = file.with_name(f".{file.name}.part")
         np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape).flush()
@@ -108,11 +108,11 @@ def _as_integers(dtype: torch.dtype) -> torch.dtype:
     return torch.int16 if dtype.itemsize == 2 else torch.int32
 
 
-def _stored(dtype: torch.dtype) -> np.dtype:  # type: ignore[type-arg]
+def _stored(dtype: torch.dtype) -> np.dtype:
     return np.dtype(np.int16 if dtype.itemsize == 2 else np.int32)
 
 
-def _checksum(rows: Mapping[str, "np.ndarray"]) -> int:  # type: ignore[type-arg]
+def _checksum(rows: Mapping[str, "np.ndarray"]) -> int:
     total = 1
     for row in rows.values():
         total = zlib.crc32(row.tobytes(), total)
