@@ -391,6 +391,9 @@ def save_tensors(
     record = recipe.model_dump(mode="json", exclude_none=True)
     (writer.folder / "recipe.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
     (writer.folder / "README.md").write_text(model_card(name, recipe, result.plan, result.figures, result.text))
+    if recipe.quantization.kv_cache_dtype is not None:
+        packed = {**config["quantization_config"], "kv_cache_dtype": recipe.quantization.kv_cache_dtype}
+        config = {**config, "quantization_config": packed}
     writer.finish(config)
 
 
