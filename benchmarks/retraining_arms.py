@@ -25,6 +25,7 @@ _STARTS = ("magnitude", "sparsegpt")
 _PUBLISHED_LOOP: Record = {
     "warmup": 0.05,
     "final_rate": 0.1,
+    "cooldown": 0.05,
     "beta2": 0.95,
     "weight_decay": 0.1,
     "kl_weight": 0.67,

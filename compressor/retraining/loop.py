@@ -27,7 +27,7 @@ from compressor.retraining.distribution import STRATEGIES, Distribution
 from compressor.retraining.objective import Objective
 from compressor.retraining.optimizers import Trained
 from compressor.retraining.rollback import DivergedError, Guard
-from compressor.retraining.schedules import Plan, learning_rate
+from compressor.retraining.schedules import SCHEDULES, Plan, learning_rate
 from compressor.retraining.snapshots import Snapshots
 from compressor.retraining.teacher_cache import KINDS
 
@@ -52,6 +52,8 @@ class LoopSettings:
     tokens did about what 20 steps of 1,024 did. Raise `batch` with the budget (the paper: 128 blocks of 1,024 tokens).
 
     Args:
+        final_rate: what the schedule ("cosine", "linear", "constant") falls to, times learning_rate; over the last
+            share `cooldown` it then goes linearly to 0.
         batch: blocks per optimiser step, run `micro_batch` at a time (all at once when None).
         kl_weight: a in a*KL + (1-a)*CE; 0 needs no teacher.
         distill: "kl", or "hidden" for the squared error of the blocks' outputs in its place.
@@ -71,6 +73,8 @@ class LoopSettings:
     learning_rate: float = 3e-4
     final_rate: float = 0.0
     warmup: float = 0.05
+    schedule: str = "cosine"
+    cooldown: float = 0.0
     batch: int = 2
     micro_batch: int | None = None
     beta1: float = 0.9
@@ -109,8 +113,10 @@ class LoopSettings:
             raise ValueError(f"batch {self.batch} must be a multiple of micro_batch {self.micro_batch}")
         if not 0 <= self.kl_weight <= 1 or self.temperature <= 0:
             raise ValueError("kl_weight must lie in [0, 1] and temperature be above 0")
-        if not 0 <= self.warmup < 1 or not 0 <= self.quantize_share < 1:
-            raise ValueError("warmup and quantize_share are shares of the budget, in [0, 1)")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule {self.schedule!r} given; accepted are {', '.join(SCHEDULES)}")
+        if min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown >= 1 or not 0 <= self.quantize_share < 1:
+            raise ValueError("warmup, cooldown and quantize_share are shares of the budget, in [0, 1)")
 
 
 class Method(Protocol):
@@ -219,8 +225,14 @@ class Run:
         norm = self.distribution.gradient_norm(self.method.trained)
         self.guard.check(step, loss["total"], norm, examples.tolist())
         progress = self.plan.progress(step + 0.5)
-        rate = learning_rate(progress, settings.learning_rate, settings.warmup, settings.final_rate)
-        rate *= self.guard.rate_factor
+        rate = self.guard.rate_factor * learning_rate(
+            progress,
+            settings.learning_rate,
+            settings.warmup,
+            settings.final_rate,
+            settings.schedule,
+            settings.cooldown,
+        )
         scale = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
         metrics |= self.method.update(step, progress, rate, scale)
         self.step += 1

@@ -13,6 +13,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+SCHEDULES = ("cosine", "linear", "constant")
+
 _TIMED_STEPS = 4
 _LATE = 1.1
 
@@ -33,12 +35,21 @@ class Budget:
             )
 
 
-def learning_rate(progress: float, peak: float, warmup: float, final: float) -> float:
-    """Linear from 0 over the share `warmup`, then a cosine to `final` times the peak."""
+def learning_rate(
+    progress: float, peak: float, warmup: float, final: float, schedule: str = "cosine", cooldown: float = 0.0
+) -> float:
+    """Linear from 0 over the share `warmup`, then along the schedule to `final` times the peak, then linear to 0.
+
+    Args:
+        schedule: "cosine", "linear", or "constant", which stays at the peak.
+        cooldown: the last share of the budget, in which the rate goes on linearly to 0 from where the schedule ended.
+    """
     if progress < warmup:
         return peak * progress / warmup
-    along = min(1.0, (progress - warmup) / (1.0 - warmup))
-    return peak * (final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * along)))
+    along = min(1.0, (progress - warmup) / (1.0 - warmup - cooldown))
+    height = {"cosine": 0.5 * (1.0 + math.cos(math.pi * along)), "linear": 1.0 - along, "constant": 1.0}[schedule]
+    left = min(1.0, (1.0 - progress) / cooldown) if cooldown else 1.0
+    return peak * (final + (1.0 - final) * height) * left
 
 
 def ramp(progress: float, value: float, share: float) -> float:

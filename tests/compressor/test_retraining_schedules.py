@@ -17,6 +17,24 @@ def test_warm_up_then_cosine() -> None:
     assert learning_rate(0.0, 1.0, 0.0, 0.0) == 1.0
 
 
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_other_schedules(schedule: str) -> None:
+    middle = learning_rate(0.55, 2.0, 0.1, 0.5, schedule)
+    assert middle == pytest.approx(1.5 if schedule == "linear" else 2.0)
+    assert learning_rate(1.0, 2.0, 0.1, 0.5, schedule) == pytest.approx(1.0 if schedule == "linear" else 2.0)
+
+
+def test_the_published_gpt2_schedule() -> None:
+    """Warm-up 2,000 of 40,000, cosine from 2e-4 to 2e-5 at 38,000, linear to 0."""
+
+    def rate(step: int) -> float:
+        return learning_rate(step / 40_000, 2e-4, 0.05, 0.1, "cosine", 0.05)
+
+    assert rate(2_000) == pytest.approx(2e-4) and rate(20_000) == pytest.approx(1.1e-4)
+    assert rate(38_000) == pytest.approx(2e-5) and rate(39_000) == pytest.approx(1e-5)
+    assert rate(40_000) == pytest.approx(0.0, abs=1e-12)
+
+
 def test_ramp_then_constant() -> None:
     assert [ramp(progress, 2.0, 0.25) for progress in (0.0, 0.125, 0.25, 1.0)] == [0.0, 1.0, 2.0, 2.0]
 
