@@ -172,10 +172,16 @@ def main(argv: list[str]) -> int:
     flags.add_argument(
         "--max-queue", type=int, default=256, metavar="N", help="of the server; beyond it there are 429s"
     )
+    flags.add_argument(
+        "--kv-cache-gb",
+        type=float,
+        default=0.2,
+        metavar="GB",
+        help="of the server: so small that all of it is soon in use, for its pages count once they are (0.2)",
+    )
     options: argparse.Namespace = flags.parse_args(argv)
     seconds = 30.0 if options.quick else 60 * options.minutes
-    # Pages of the cache count once they are used: with a small one, what memory does later is not the cache's.
-    given = ["--max-queue", str(options.max_queue), "--kv-cache-gb", "0.2", "--max-model-len", "512"]
+    given = ["--max-queue", str(options.max_queue), "--kv-cache-gb", str(options.kv_cache_gb), "--max-model-len", "512"]
     with served(options.model, given) as (port, pid):
         state, figures = asyncio.run(flood(port, pid, options.clients, seconds))
     wrong = sum(count for outcome, count in state.seen.items() if outcome not in ("200", "429", "hung up"))

@@ -48,10 +48,15 @@ def _run(options: ServeOptions, talks: bool) -> int:
     if talks:
         from serve.terminal_chat import chat
 
-        return chat(options)
+        return chat(options, _write)
     from serve.runtimes import find_runtime
 
-    return find_runtime(options.runtime)(options, lambda text: print(text, flush=True))
+    return find_runtime(options.runtime)(options, lambda text: _write(text + "\n"))
+
+
+def _write(text: str) -> None:
+    """What the command says; nothing below it prints."""
+    print(text, end="", flush=True)
 
 
 def _split(given: list[str]) -> tuple[list[str], tuple[str, ...]]:

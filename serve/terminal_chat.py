@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from serve.options import ServeOptions
@@ -14,25 +16,29 @@ if TYPE_CHECKING:
 HELP = "Type a message. /reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer."
 
 
-def chat(options: ServeOptions) -> int:
+Say = Callable[[str], None]
+"""Writes to the terminal what it is given, without a line's end."""
+
+
+def chat(options: ServeOptions, say: Say) -> int:
     from serve.runtimes.torch_compiled import load_engine
 
     engine = load_engine(options)
     try:
         engine.self_test()
-        return _converse(engine, options.model_name)
+        return _converse(engine, options.model_name, say)
     finally:
         engine.close()
 
 
-def _converse(engine: LLMEngine, name: str) -> int:
-    print(f"{name}: {engine.weight_bytes / 1e6:.0f} MB of weights. {HELP}")
+def _converse(engine: LLMEngine, name: str, say: Say) -> int:
+    say(f"{name}: {engine.weight_bytes / 1e6:.0f} MB of weights. {HELP}\n")
     messages: list[dict[str, str]] = []
     while True:
         try:
             text = input("\nyou> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
-            print()
+            say("\n")
             return 0
         if text == "/quit":
             return 0
@@ -40,10 +46,10 @@ def _converse(engine: LLMEngine, name: str) -> int:
             messages.clear()
         elif text:
             messages.append({"role": "user", "content": text})
-            messages.append({"role": "assistant", "content": _answer(engine, messages)})
+            messages.append({"role": "assistant", "content": _answer(engine, messages, say)})
 
 
-def _answer(engine: LLMEngine, messages: list[dict[str, str]]) -> str:
+def _answer(engine: LLMEngine, messages: list[dict[str, str]], say: Say) -> str:
     """Stream one answer to the terminal and return it."""
     from serve.engine.sampling_params import SamplingParams
 
@@ -55,9 +61,10 @@ def _answer(engine: LLMEngine, messages: list[dict[str, str]]) -> str:
         while engine.has_work:
             for output in engine.step():
                 text += output.text
-                print(output.text, end="", flush=True)
+                say(output.text)
     except KeyboardInterrupt:
         engine.abort(seq.id)
     rate = seq.num_generated / (time.perf_counter() - began)
-    print(f"\n\033[2m{seq.num_generated} tokens, {rate:.0f} tokens/s\033[0m" if sys.stdout.isatty() else "")
+    dim, plain = ("", "") if os.environ.get("NO_COLOR") else ("\033[2m", "\033[0m")
+    say(f"\n{dim}{seq.num_generated} tokens, {rate:.0f} tokens/s{plain}\n" if sys.stdout.isatty() else "\n")
     return text

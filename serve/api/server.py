@@ -52,6 +52,8 @@ class Server:
     async def run(self) -> int:
         """Serve until a signal; 0 when everything was answered, 1 when the engine failed."""
         loop = asyncio.get_running_loop()
+        if not self.options.debug:  # a warning a write to a client that has hung up is no news to anybody
+            logging.getLogger("asyncio").setLevel(logging.ERROR)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         self.engine.start()

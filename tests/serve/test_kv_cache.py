@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from compressor.checkpoint import write_manifest
+from compressor.cli import main as compress
 from compressor.kernels import loading
 from compressor.scheme import QuantizationConfig
 from serve.engine.config import EngineConfig
@@ -79,6 +80,14 @@ def test_the_checkpoint_says_which(tiny_folder: Folder, tmp_path: Path) -> None:
     assert load(folder).plan.dtype == "int8"
     assert load(folder, kv_cache_dtype="bfloat16").plan.dtype == "bfloat16"
     assert load(tiny_folder("llama")).plan.dtype == "bfloat16"
+
+
+def test_a_recipe_records_it(tiny_folder: Folder, tmp_path: Path) -> None:
+    one_shot = ["--one-shot", "--low-memory"]
+    for entry in ("sparsity.criterion=magnitude", "quantization.quantizer=rtn", "quantization.kv_cache_dtype=int8"):
+        one_shot += ["--set", entry]
+    assert compress([str(tiny_folder("llama")), *one_shot, "--out", str(tmp_path / "out")]) == 0
+    assert load(tmp_path / "out").plan.dtype == "int8"
 
 
 def test_unknown_dtypes_are_refused() -> None:
