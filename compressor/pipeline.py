@@ -38,6 +38,7 @@ from compressor.quantizers import NEED_HESSIAN, QUANTIZERS, rtn, snap
 from compressor.recipe import Recipe, parse_budget
 from compressor.retraining import TextDistillation, reconstruction, text_loss
 from compressor.retraining.distribution import join, main_first
+from compressor.retraining.loop import training_device
 from compressor.scheme import QuantizationConfig, Scheme
 from compressor.solvers import by_input
 
@@ -226,7 +227,7 @@ def retrain(
     settings, plan = recipe.retraining, result.plan
     tokens, validation = text.split(settings.validation_blocks)
     linears = {name: sparse.model.get_submodule(name) for name in sparse.masks}
-    teacher = load_model(folder)
+    teacher = load_model(folder).to(training_device())
     report("evaluate", 0, 1, {})
     dense_loss = text_loss(teacher, validation)
     report("evaluate", 1, 1, {"dense loss": dense_loss})
@@ -329,11 +330,12 @@ def snap_to_grid(
 ) -> Callable[[Tensor, slice], Tensor]:
     """Fixes a layer's scales as of now; returns what the forward is to see of rows of its weight from then on."""
     fmt = make_format(scheme)
-    scale = rtn(weight, sparse.stats.get(name), scheme).scale
+    scale = rtn(weight.cpu(), sparse.stats.get(name), scheme).scale
     if scale is None:
         return lambda values, _rows: values
     sparse.scales[name] = scale
-    return lambda values, rows: snap(values, scale[rows], fmt).dequantized()
+    near = scale.to(weight.device)  # of a model that trains on an accelerator
+    return lambda values, rows: snap(values, near[rows], fmt).dequantized()
 
 
 def quantize(sparse: SparseModel, name: str, weight: Tensor, scheme: Scheme, recipe: Recipe) -> QuantizedWeight:

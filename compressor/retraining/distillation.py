@@ -208,7 +208,8 @@ def text_loss(model: nn.Module, blocks_NL: Tensor, batch: int = 4) -> float:
     """Mean next-token cross-entropy (nats) over token blocks; exp of it is the perplexity at window L."""
     with evaluating(model):
         head = head_of(model)
-        sums = [_text_loss_sum(model, head, ids) for ids in blocks_NL.split(batch)]
+        device = next(model.parameters()).device
+        sums = [_text_loss_sum(model, head, ids.to(device)) for ids in blocks_NL.split(batch)]
     return sum(sums) / blocks_NL[:, 1:].numel()
 
 
