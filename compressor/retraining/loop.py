@@ -162,7 +162,9 @@ class Run:
 
     def __post_init__(self) -> None:
         record = None if self.snapshots is None else self.snapshots.folder / "rollbacks.json"
-        self.guard = Guard(self.settings.explosion, self.settings.rollbacks, _RATE_CUT, record)
+        self.guard = Guard(
+            self.settings.explosion, self.settings.rollbacks, _RATE_CUT, record, writes=self.distribution.main
+        )
 
     def train(self) -> None:
         """From the newest snapshot, or the start, to the end of the budget."""

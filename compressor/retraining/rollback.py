@@ -30,12 +30,14 @@ class Guard:
         limit: how often a run may go back.
         cut: what the rate is multiplied by each time.
         file: where the record is kept; None keeps it in memory.
+        writes: whether this process writes the file; the others of a launcher only read it.
     """
 
     explosion: float
     limit: int
     cut: float
     file: Path | None = None
+    writes: bool = True
     losses: list[float] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -74,7 +76,7 @@ class Guard:
             ) from error
         again = any(event["back_to"] == back_to["step"] for event in self.events)
         self.events.append({"step": step, "back_to": back_to["step"], "reason": str(error)})
-        if self.file is not None:
+        if self.file is not None and self.writes:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             part = self.file.with_name(f".{self.file.name}.part")
             part.write_text(json.dumps(self.events, indent=1))
