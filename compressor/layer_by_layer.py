@@ -35,6 +35,8 @@ from compressor.solvers import SOLVERS, solve_block, without_hessians
 
 _LARGE_BYTES = 1 << 28
 """Hidden states above this lie on disk."""
+_PACKED_WEIGHTS = 1 << 19
+"""Weights that are packed at a time."""
 
 
 class BlocksOnDisk(Residence):
@@ -67,7 +69,6 @@ class BlocksOnDisk(Residence):
         names = [name for name, _ in self.model.named_parameters() if not name.startswith((*self._prefixes, head))]
         for name in names:
             self._set(self.model, name, self._read(name))
-        self.source.close()
         yield
         self._drop(self.model, names)
 
@@ -78,11 +79,10 @@ class BlocksOnDisk(Residence):
             pruned = Checkpoint(self.scratch, {}, dict.fromkeys(names, changed))
             for name in names:
                 self._set(block, name, pruned.tensor(name))
-            pruned.close()
+                pruned.close()
         else:
             for name in names:
                 self._set(block, name, self._read(f"{prefix}.{name}"))
-            self.source.close()
         self._mask(prefix)
         yield
         if self.keeps:
@@ -99,6 +99,7 @@ class BlocksOnDisk(Residence):
     def _read(self, name: str) -> Tensor:
         bare = name.removeprefix(f"{self.model.base_model_prefix}.")  # as the hub's GPT-2 is stored
         tensor = self.source.tensor(name if name in self.source.shards or bare not in self.source.shards else bare)
+        self.source.close()  # pages of an open file count as memory
         dtype = self.model.config.dtype
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
@@ -185,14 +186,33 @@ def _packed(
 ) -> Iterator[tuple[str, Tensor]]:
     linears, done = _planned(disk, plan), 0
     for names, scales in _rounded(disk, linears, recipe, plan, text):
-        sparse = SparseModel(disk.model, dict(stats), {}, scales=scales)
         for name in names:
-            scheme = plan.schemes[name]
-            weight = quantize(sparse, name, weight_of(linears[name]), scheme, recipe)
-            for key, tensor in make_format(scheme).pack(weight).items():
-                yield f"{name}.{key}", tensor
+            weight = weight_of(linears[name])
+            height = max(1, _PACKED_WEIGHTS // weight.shape[1])
+            blocks = [
+                _pack_rows(disk, stats, scales, name, slice(start, start + height), plan, recipe)
+                for start in range(0, weight.shape[0], height)
+            ]
+            for key in blocks[0]:
+                yield f"{name}.{key}", torch.cat([block[key] for block in blocks])
         done += len(names)
         report("pack", done, len(linears), {})
+
+
+def _pack_rows(
+    disk: BlocksOnDisk,
+    stats: Mapping[str, LayerStats],
+    scales: Mapping[str, Tensor],
+    name: str,
+    rows: slice,
+    plan: Plan,
+    recipe: Recipe,
+) -> dict[str, Tensor]:
+    """Packing takes tens of bytes a weight for a moment: rows, which are independent, take turns."""
+    scheme = plan.schemes[name]
+    fixed = {name: scales[name][rows]} if name in scales else {}
+    part = SparseModel(disk.model, dict(stats), {}, scales=fixed)
+    return make_format(scheme).pack(quantize(part, name, weight_of(disk.linears[name])[rows], scheme, recipe))
 
 
 def _rounded(
