@@ -24,8 +24,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import httpx
-
+from benchmarks import http_client
 from benchmarks.record import finish, parser
 
 PACKED, LLAMA, VLLM = "halfweight", "llama.cpp Q4_0", "vLLM bf16"
@@ -61,8 +60,8 @@ class Server:
             try:
                 asyncio.run(self.ask(1, 1, salt=0))
                 return time.monotonic() - began
-            except httpx.HTTPError:  # not up yet
-                time.sleep(0.05)
+            except ConnectionError:  # not up yet
+                time.sleep(0.02)
         raise ValueError(f"{self.name} did not answer within 300 s: {' '.join(command)}")
 
     def stop(self) -> None:
@@ -72,17 +71,17 @@ class Server:
 
     async def ask(self, streams: int, tokens: int, salt: int) -> list[list[float]]:
         """The times of every token of every stream, in seconds since they were all asked for."""
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=600, limits=limits) as client:
-            model = (await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
-            start = time.perf_counter()
-            return await asyncio.gather(
-                *(self._stream(client, model, tokens, salt * 1000 + i, start) for i in range(streams))
-            )
+        models = await http_client.ask(self.port, "/v1/models")
+        if models.status != 200:
+            raise ConnectionError(f"{self.name} is not ready: {models.status}")
+        model, start = json.loads(models.body)["data"][0]["id"], time.perf_counter()
+        bodies = [self._body(model, tokens, salt * 1000 + i) for i in range(streams)]
+        answers = await asyncio.gather(*(http_client.ask(self.port, "/v1/completions", body) for body in bodies))
+        return [self._times(answer, start) for answer in answers]
 
-    async def _stream(self, client: httpx.AsyncClient, model: str, tokens: int, seed: int, start: float) -> list[float]:
+    def _body(self, model: str, tokens: int, seed: int) -> dict[str, Any]:
         words = [WORDS[(seed * 7 + i * (1 + seed % 5)) % len(WORDS)] for i in range(self.words)]
-        body = {
+        return {
             "model": model,
             "prompt": f"{seed} " + " ".join(words),
             "max_tokens": tokens,
@@ -90,15 +89,13 @@ class Server:
             "ignore_eos": True,
             "stream": True,
         }
-        times: list[float] = []
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code >= 500:
-                response.raise_for_status()
-            if response.status_code != 200:
-                raise ValueError(f"{self.name} answered {response.status_code}: {(await response.aread())[:200]!r}")
-            async for line in response.aiter_lines():
-                if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
-                    times.append(time.perf_counter() - start)
+
+    def _times(self, answer: http_client.Answer, start: float) -> list[float]:
+        if answer.status == 0 or answer.status >= 500:
+            raise ConnectionError(f"{self.name} answered {answer.status}")
+        if answer.status != 200:
+            raise ValueError(f"{self.name} answered {answer.status}: {answer.body[:200]!r}")
+        times = [when - start for when, event in answer.events() if event.get("choices")]
         if not times:
             raise ValueError(f"{self.name} sent no token")
         return times
@@ -113,6 +110,10 @@ class Server:
 def main(argv: Sequence[str]) -> int:
     """Starts the servers, measures in turn, prints the table, writes the record."""
     options = flags().parse_args(list(argv))
+    if options.runtime == "vllm":
+        from benchmarks import vllm_serving
+
+        return vllm_serving.main(options, argv)
     rounds = 1 if options.quick else options.rounds
     with ExitStack() as stack:
         headline = measure_start(options.packed)
@@ -133,12 +134,16 @@ def main(argv: Sequence[str]) -> int:
 
 def flags() -> argparse.ArgumentParser:
     """The command's flags."""
+    from benchmarks import vllm_serving
+
     result = parser("serving", __doc__.splitlines()[0])
     result.add_argument("packed", type=Path, metavar="OUT", help="a folder that `compress` made")
     result.add_argument("--gguf", type=Path, metavar="FILE", help="the same model in Q4_0, for llama.cpp")
     result.add_argument("--llama-server", metavar="FILE", help="llama.cpp's server")
     result.add_argument("--dense", type=Path, metavar="DIR", help="the same model, dense, for vLLM")
     result.add_argument("--vllm-python", metavar="PYTHON", help="a Python that has vLLM")
+    result.add_argument("--runtime", choices=("torch", "vllm"), default="torch", help="whose server is ours (torch)")
+    vllm_serving.add_flags(result.add_argument)
     result.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
     return result
 
@@ -174,10 +179,10 @@ def measure_start(packed: Path) -> dict[str, float]:
     return found
 
 
-def measure(servers: Sequence[Server], rounds: int) -> list[dict[str, Any]]:
+def measure(servers: Sequence[Server], rounds: int, counts: Sequence[int] = STREAMS) -> list[dict[str, Any]]:
     """One row a server and number of streams: medians over rounds, after one that does not count."""
     rows = []
-    for streams in STREAMS:
+    for streams in counts:
         rates: dict[str, list[float]] = {server.name: [] for server in servers}
         gaps: dict[str, list[float]] = {server.name: [] for server in servers}
         first: dict[str, list[float]] = {server.name: [] for server in servers}
