@@ -158,7 +158,9 @@ class _Loader:
 
     def _linears(self, names: list[str], in_features: int, sizes: list[int], bias: bool) -> nn.Module:
         """Linears of the same input: as one where they are stored alike, else side by side."""
-        if len({self.checkpoint.scheme_of(name) for name in names}) == 1:
+        schemes = {self.checkpoint.scheme_of(name) for name in names}
+        own_projections = any(s and s.low_rank and s.low_rank.trained_projection for s in schemes)
+        if len(schemes) == 1 and not own_projections:
             return self._linear(names, in_features, sum(sizes), bias)
         parts = zip(names, sizes, strict=True)
         return SideBySide([self._linear([name], in_features, size, bias) for name, size in parts])

@@ -26,7 +26,7 @@ Ask = Callable[..., dict[str, Any]]
 SPARSE_INT4 = Scheme("sparse24_int4", 32)
 # Sums are taken in another order, and where that moves an activation across the edge of an int8 step, a random model
 # with its flat distributions may say something else. A wrong row or scale anywhere gives less than half.
-SAME = 0.95
+SAME = 0.93
 
 
 @pytest.fixture(scope="session")
