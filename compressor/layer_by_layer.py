@@ -11,6 +11,7 @@ block (a Hessian takes 4 I^2 bytes, and three times that while it is inverted) a
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -110,6 +111,14 @@ class BlocksOnDisk(Residence):
     def _drop(self, root: nn.Module, names: Iterable[str]) -> None:
         for name in names:
             self._set(root, name, torch.empty_like(root.get_parameter(name), device="meta"))
+        _give_back()
+
+
+def _give_back() -> None:
+    """Hands free memory that the C library keeps, a few blocks of it, back to the system; glibc can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _without_weights(folder: Path) -> Any:

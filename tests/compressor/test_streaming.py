@@ -1,6 +1,8 @@
 """Packing that never holds the model gives the same bytes as packing that does."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,38 @@ def test_a_shard_holds_what_was_added(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "theirs").stat().st_size == (tmp_path / "model.safetensors").stat().st_size
     assert not (tmp_path / "shard.waiting").exists()
+
+
+MEASURE = """
+import json, re, sys
+from pathlib import Path
+
+from compressor.recipe import parse_recipe
+from compressor.streaming import compress_streaming
+
+recipe = parse_recipe(json.loads(sys.argv[1]))
+for model, out in zip(sys.argv[2::2], sys.argv[3::2]):
+    compress_streaming(model, recipe, out, report=lambda *_: None)
+    print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
+"""
+
+
+@pytest.mark.full
+def test_memory_holds_a_few_blocks_not_the_model(prose: Path, tmp_path: Path) -> None:
+    """Peaks of one process, over a tiny model and one of eight equal blocks."""
+    from tests.tiny import make_tiny_model
+
+    wide = {"hidden_size": 2048, "intermediate_size": 2048, "num_key_value_heads": 4, "head_dim": 512}
+    block_bytes = 2 * 7 * 2048**2
+    models = [make_tiny_model("llama", tmp_path / "tiny")]
+    models += [make_tiny_model("llama", tmp_path / "wide", num_hidden_layers=8, **wide)]
+    record = {
+        "text": {"source": str(prose), "length": 32}, "sparsity": {"criterion": "wanda", "samples": 8},
+        "quantization": {"values": "bfloat16"},
+    }  # fmt: skip
+    command = [sys.executable, "-c", MEASURE, json.dumps(record)]
+    command += [str(path) for model in models for path in (model, model.with_name(f"{model.name}-out"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    tiny, wide_peak = map(int, done.stdout.split())
+    assert wide_peak - tiny < 3 * block_bytes, f"{(wide_peak - tiny) / block_bytes:.2f} blocks"
