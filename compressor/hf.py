@@ -77,7 +77,7 @@ def replace_modules(model: Any, config: QuantizationConfig) -> None:
         setattr(parent, child, packed)
         if next(parent.parameters(recurse=False), None) is None and next(parent.buffers(recurse=False), None) is None:
             # Else GPT-2 would give this module's linears initial values, and not find their plain weights.
-            parent._is_hf_initialized = True  # type: ignore[assignment]
+            parent._is_hf_initialized = True
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, CompressedEmbedding) and isinstance(head, nn.Linear) and model.config.tie_word_embeddings:
         with torch.device("meta"):

@@ -38,6 +38,7 @@ def solve(weight: Tensor, stats: LayerStats, shape: MaskShape = TWO_OF_FOUR) -> 
     mask = torch.zeros_like(w, dtype=torch.bool)
     u = inverse_factor(stats.hessian)
     width = max(shape.m, _BLOCK - _BLOCK % shape.m) if shape.by_row else _BLOCK
+    choose: Choose
     for start in range(0, w.shape[1], width):
         block = slice(start, min(start + width, w.shape[1]))
         choose, group = shape.mask, shape.m
