@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"
 # A character has at most four bytes: more tokens than this without a whole one are bytes that will never be one.
 MAX_PENDING = 6
+CONTEXT = 6  # tokens of the prompt that the first new one may need; their own text is not part of the output
 
 
 class Decoder(Protocol):
+    @property
+    def by_bytes(self) -> bool: ...
+    def token_bytes(self, token: int, skip_special_tokens: bool, /) -> bytes: ...
     def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str: ...
 
 
-class TextStream:
-    """Text of one growing token sequence.
+class _ByBytes:
+    """Where a token is some bytes, whatever stands beside it."""
 
-    A token may end inside a UTF-8 character, and some tokenizers put the space between words into the next token, so a
-    new piece is the difference of two decodings: with and without the new tokens, both starting a little earlier.
-    Text that may be the beginning of a stop string is held back until it is clear.
+    def __init__(self, decoder: Decoder, context: list[int], skip_special: bool) -> None:
+        self._decoder, self._skip_special = decoder, skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in context:
+            self.push(token)
+
+    def push(self, token: int) -> str:
+        return self._utf8.decode(self._decoder.token_bytes(token, self._skip_special))
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", True)
+
+
+class _ByText:
+    """Where a token's text depends on those before it: some tokenizers put the space between words into the next one.
+
+    A new piece is the difference of two decodings, with and without the new tokens, both starting a little earlier.
     """
+
+    def __init__(self, decoder: Decoder, context: list[int], skip_special: bool) -> None:
+        self._decoder, self._skip_special = decoder, skip_special
+        self._tokens = list(context)
+        self._prefix, self._read = 0, len(self._tokens)
+
+    def push(self, token: int) -> str:
+        self._tokens.append(token)
+        before, now = self._decode(self._read), self._decode(len(self._tokens))
+        pending = len(self._tokens) - self._read
+        if len(now) <= len(before) or (now.endswith(REPLACEMENT) and pending <= MAX_PENDING):
+            return ""
+        self._prefix, self._read = self._read, len(self._tokens)
+        return now[len(before) :]
+
+    def finish(self) -> str:
+        return self._decode(len(self._tokens))[len(self._decode(self._read)) :]
+
+    def _decode(self, end: int) -> str:
+        return self._decoder.decode(self._tokens[self._prefix : end], skip_special_tokens=self._skip_special)
+
+
+class TextStream:
+    """Text of one growing token sequence; what may be the beginning of a stop string is held back until it is clear."""
 
     def __init__(
         self,
@@ -29,49 +72,32 @@ class TextStream:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
     ) -> None:
-        self._decoder = decoder
-        self._skip_special = skip_special_tokens
-        # A few tokens of the prompt give the first new token its context; their own text is not part of the output.
-        self._tokens = list(context[-6:])
-        self._prefix = 0
-        self._read = len(self._tokens)
+        kind = _ByBytes if decoder.by_bytes else _ByText
+        self._pieces = kind(decoder, context[-CONTEXT:], skip_special_tokens)
         self._stop = stop
         self._include_stop = include_stop
         self._held = ""
-        self.text = ""
         self.stopped_by: str | None = None
 
     def push(self, token: int) -> str:
         """The text that may be shown now that `token` came."""
-        self._tokens.append(token)
-        before = self._decode(self._prefix, self._read)
-        now = self._decode(self._prefix, len(self._tokens))
-        pending = len(self._tokens) - self._read
-        if len(now) <= len(before) or (now.endswith(REPLACEMENT) and pending <= MAX_PENDING):
-            return ""
-        self._prefix, self._read = self._read, len(self._tokens)
-        return self._release(now[len(before) :])
+        piece = self._pieces.push(token)
+        return self._release(piece) if piece and self._stop else piece
 
     def finish(self) -> str:
         """The text still held back when no more tokens come; bytes that never became a character show as U+FFFD."""
         if self.stopped_by is not None:
             return ""
-        before = self._decode(self._prefix, self._read)
-        now = self._decode(self._prefix, len(self._tokens))
-        piece = self._release(now[len(before) :])
+        piece = self._pieces.finish()
+        if not self._stop:
+            return piece
+        piece = self._release(piece)
         if self.stopped_by is not None:
             return piece
         held, self._held = self._held, ""
-        self.text += held
         return piece + held
 
-    def _decode(self, start: int, end: int) -> str:
-        return self._decoder.decode(self._tokens[start:end], skip_special_tokens=self._skip_special)
-
     def _release(self, piece: str) -> str:
-        if not self._stop:
-            self.text += piece
-            return piece
         text = self._held + piece
         found = [(place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
@@ -80,7 +106,6 @@ class TextStream:
         else:
             keep = max(_overlap(text, stop) for stop in self._stop)
             shown, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        self.text += shown
         return shown
 
 

@@ -13,11 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def _byte_of() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, the others for letters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_of()
 
 
 class ChatTemplateError(ValueError):
@@ -31,8 +42,9 @@ class Tokenizer:
         self.chat_template = chat_template
         fast.no_truncation()
         fast.no_padding()
-        # Half of what streaming asks for, and the same few thousand again and again.
+        # What streaming asks for: the same few thousand again and again.
         self._decode_one = lru_cache(8192)(lambda token, skip: str(fast.decode([token], skip_special_tokens=skip)))
+        self.token_bytes = lru_cache(8192)(self._token_bytes)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -63,6 +75,25 @@ class Tokenizer:
             return self._decode_one(tokens[0], skip_special_tokens)
         text: str = self.fast.decode(tokens, skip_special_tokens=skip_special_tokens)
         return text
+
+    @cached_property
+    def by_bytes(self) -> bool:
+        """Whether a text is its tokens' bytes one behind the other, as byte-level tokenizers have it."""
+        return isinstance(self.fast.decoder, ByteLevelDecoder)
+
+    def _token_bytes(self, token: int, skip_special_tokens: bool) -> bytes:
+        """What `token` adds to a text; only where `by_bytes`."""
+        text = self.fast.id_to_token(token)
+        if text is None or (skip_special_tokens and token in self._special_ids):
+            return b""
+        try:
+            return bytes(map(BYTE_OF.__getitem__, text))
+        except KeyError:  # an added token, written as it is
+            return text.encode()
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.fast.get_added_tokens_decoder().items() if token.special)
 
     def token_text(self, token: int) -> str:
         """The text of one token by itself, as log-probabilities show it."""

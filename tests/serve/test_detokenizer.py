@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +16,30 @@ from serve.engine.detokenizer import TextStream
 class Bytes:
     """A decoder whose tokens are bytes."""
 
+    by_bytes = False
+
+    def token_bytes(self, token: int, skip_special_tokens: bool) -> bytes:
+        return bytes([token])
+
     def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
         return bytes(tokens).decode("utf-8", "replace")
 
 
+class Fast(Bytes):
+    """The same, asked for bytes."""
+
+    by_bytes = True
+
+
 def pieces(text: str, stop: tuple[str, ...] = (), include: bool = False) -> tuple[list[str], TextStream]:
-    stream = TextStream(Bytes(), list(b"before: "), stop, include)
+    """What a stream gives, whichever way it asks for text."""
+    (out, stream), (fast_out, fast) = (pieces_of(decoder, text, stop, include) for decoder in (Bytes(), Fast()))
+    assert ("".join(fast_out), fast.stopped_by) == ("".join(out), stream.stopped_by)
+    return out, stream
+
+
+def pieces_of(decoder: Bytes, text: str, stop: tuple[str, ...], include: bool) -> tuple[list[str], TextStream]:
+    stream = TextStream(decoder, list(b"before: "), stop, include)
     out = []
     for token in text.encode():
         out.append(stream.push(token))
@@ -32,8 +51,8 @@ def pieces(text: str, stop: tuple[str, ...] = (), include: bool = False) -> tupl
 @given(st.text(max_size=40))
 @settings(max_examples=200, deadline=None)
 def test_pieces_join_to_the_text(text: str) -> None:
-    out, stream = pieces(text)
-    assert "".join(out) == text == stream.text
+    out, _ = pieces(text)
+    assert "".join(out) == text
 
 
 def test_no_piece_holds_half_a_character() -> None:
@@ -67,7 +86,7 @@ def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
 )
 def test_stop_strings(text: str, stop: tuple[str, ...], shown: str, by: str | None) -> None:
     out, stream = pieces(text, stop)
-    assert "".join(out) == shown == stream.text
+    assert "".join(out) == shown
     assert stream.stopped_by == by
 
 
@@ -81,6 +100,21 @@ def test_stop_string_may_be_included() -> None:
 def test_stop_equals_a_cut_of_the_whole_text(text: str, stop: str) -> None:
     out, _ = pieces(text, (stop,))
     assert "".join(out) == text.partition(stop)[0]
+
+
+def test_any_tokens_join_to_what_the_tokenizer_decodes(tiny_folder: Callable[[str], Path]) -> None:
+    """Special tokens, half characters and bytes that are no text too; `fast` decodes in Rust, the stream in Python."""
+    from serve.engine.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(tiny_folder("llama"))
+    assert tokenizer.by_bytes
+    rng = random.Random(0)
+    for _ in range(300):
+        tokens = [rng.randrange(384) for _ in range(rng.randrange(30))]
+        for skip in (True, False):
+            stream = TextStream(tokenizer, [], skip_special_tokens=skip)
+            out = [stream.push(token) for token in tokens]
+            assert "".join(out) + stream.finish() == tokenizer.fast.decode(tokens, skip_special_tokens=skip)
 
 
 def test_with_a_real_tokenizer(tiny_folder: Callable[[str], Path]) -> None:
