@@ -26,6 +26,7 @@ def model_card(
     config = json.loads((plan.folder / "config.json").read_text())
     source = f" ({config['halfweight_source']})" if "halfweight_source" in config else ""
     formats = Counter(scheme.format for scheme in plan.schemes.values())
+    patterns = Counter(map(str, plan.shapes.values()))
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False).strip(),
@@ -38,6 +39,7 @@ def model_card(
         "|---|---|",
         f"| parameters | {plan.parameters:,} |",
         f"| layers | {', '.join(f'{count} x {fmt}' for fmt, count in formats.items())} |",
+        *([f"| pruned | {', '.join(f'{count} x {shape}' for shape, count in patterns.items())} |"] if patterns else []),
         f"| dense weights on disk | {plan.dense_bytes / 1e6:.1f} MB |",
         *(f"| {key.replace('_', ' ')} | {value} |" for key, value in figures.items()),
         "",

@@ -55,6 +55,7 @@ def test_each_layer_is_stored_as_its_override_says(mixed: Path) -> None:
         else:
             shape.check_weight(weight)
     assert verify(mixed).sparse == 7
+    assert "| pruned | 3 x 2:4, 1 x 4:8, 4 x 1:4, 2 x 50% |" in (mixed / "README.md").read_text()
 
 
 def test_the_engine_computes_what_transformers_computes(mixed: Path) -> None:
