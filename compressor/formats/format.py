@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compressor import kernels
+from compressor.kernels import cuda
 from compressor.kernels.linear import linear as kernel_linear
 
 Tensors = Mapping[str, Tensor]
@@ -135,6 +136,8 @@ class Format:
 
     def prepare(self, tensors: Tensors) -> dict[str, Tensor]:
         """Kernel layout of stored tensors where a kernel serves them on their device, else the tensors themselves."""
+        if all(tensor.is_cuda for tensor in tensors.values()):
+            return cuda.prepare(self.name, tensors, self.shape_of(tensors), self.group_size)
         on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.values())
         if not on_cpu or not kernels.available() or not self.has_kernel():
             return dict(tensors)
@@ -154,6 +157,8 @@ class Format:
 
         `low_rank` is what `compressor.kernels.low_rank.prepare` returned; only the kernel layout takes it.
         """
+        if x.is_cuda and (y := cuda.linear(self.name, x, tensors, self.group_size)) is not None:
+            return y if bias is None else y + bias.to(y.dtype)
         if self.stored(tensors):
             return F.linear(x, self.unpack(tensors).to(x.dtype), None if bias is None else bias.to(x.dtype))
         return kernel_linear(x, tensors, bias, low_rank)

@@ -1,0 +1,77 @@
+"""Which kernel multiplies a packed weight on an NVIDIA GPU, and the fallback where none does.
+
+`choose` decides by format, compute capability and shape. What it does not know runs through `unpack`, slowly but
+right. Layouts and results were proven without a GPU, in Triton's interpreter and against torch's own conversions; no
+figure of their speed has been taken (`python -m benchmarks kernels --device cuda` takes them).
+
+path | formats | from capability
+---|---|---
+`triton` | sparse24_int4, groups of a multiple of 32 or one scale a row | 8.0
+`semi_structured` | sparse24 in bf16 or fp16, sizes of a multiple of 32 and 64 | 8.0
+`unpack` | everything else | any
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+AMPERE = (8, 0)
+_TRITON = ("weight_packed", "weight_meta", "weight_scale")
+
+
+def choose(
+    name: str, capability: tuple[int, int], out_features: int, in_features: int, group_size: int, dtype: torch.dtype
+) -> str:
+    """The path of a weight [O, I] in the format `name`."""
+    if capability < AMPERE:
+        return "unpack"
+    if name == "sparse24_int4" and has_triton():
+        takes = in_features % 4 == 0 and (group_size == -1 or group_size % 32 == 0)
+        return "triton" if takes else "unpack"
+    if name == "sparse24":
+        from compressor.kernels.cuda import semi_structured
+
+        return "semi_structured" if semi_structured.supports(out_features, in_features, dtype) else "unpack"
+    return "unpack"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; torch's CUDA builds bring it."""
+    return find_spec("triton") is not None
+
+
+def prepare(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], group_size: int) -> dict[str, Tensor]:
+    """Stored tensors on a GPU in the layout of the path that is chosen for them."""
+    packed = tensors.get("weight_packed")
+    if packed is None:
+        return dict(tensors)
+    path = choose(name, torch.cuda.get_device_capability(packed.device), *shape, group_size, packed.dtype)
+    if path != "semi_structured":
+        return dict(tensors)
+    from compressor.kernels.cuda import semi_structured
+
+    return semi_structured.prepare(packed, tensors["weight_meta"])
+
+
+def linear(name: str, x: Tensor, tensors: Mapping[str, Tensor], group_size: int) -> Tensor | None:
+    """[..., O] in x's dtype by the weight's path; None where that is `unpack`."""
+    flat = x.flatten(0, -2)
+    if "semi_packed" in tensors or "semi_compressed" in tensors:
+        from compressor.kernels.cuda import semi_structured
+
+        return semi_structured.linear(flat, tensors).unflatten(0, x.shape[:-1])
+    packed = tensors.get("weight_packed")
+    if packed is None or x.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    capability = torch.cuda.get_device_capability(x.device)
+    if choose(name, capability, packed.shape[0], x.shape[-1], group_size, x.dtype) != "triton":
+        return None
+    from compressor.kernels.cuda import sparse24_int4
+
+    return sparse24_int4.linear(x, *(tensors[part] for part in _TRITON), group_size)

@@ -1,0 +1,78 @@
+"""The fastest of several settings of a GPU operator for one shape, measured once per device and kept on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+logger = logging.getLogger(__name__)
+Setting = TypeVar("Setting", bound=Hashable | dict[str, int])
+_WARM_UP, _RUNS = 3, 20
+
+
+def tuned(key: str, settings: Sequence[Setting], run: Callable[[Setting], object]) -> Setting:
+    """The fastest setting for `key`; those that fail are left out, and inside a captured graph nothing is measured."""
+    known = _known()
+    place = f"{torch.cuda.get_device_name()}/{torch.version.cuda}/{key}"
+    if place not in known:
+        if torch.cuda.is_current_stream_capturing():
+            return settings[0]
+        known[place] = _fastest(key, settings, run)
+        _write(known)
+    return settings[min(int(known[place]), len(settings) - 1)]
+
+
+def _fastest(key: str, settings: Sequence[Setting], run: Callable[[Setting], object]) -> int:
+    times: dict[int, float] = {}
+    for number, setting in enumerate(settings):
+        try:
+            times[number] = _milliseconds(lambda one=setting: run(one))  # type: ignore[misc]
+        except Exception as error:  # too much shared memory, or a layout that a library does not take
+            logger.debug("%s: setting %s is left out: %s", key, setting, error)
+    if not times:
+        raise RuntimeError(f"no setting of {key} runs on this device")
+    return min(times, key=lambda number: times[number])
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    for _ in range(_WARM_UP):
+        run()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(_RUNS):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def _file() -> Path:
+    root = os.environ.get("HALFWEIGHT_CACHE") or Path.home() / ".cache" / "halfweight"
+    return Path(root) / "gpu-settings.json"
+
+
+@cache
+def _known() -> dict[str, Any]:
+    try:
+        found = json.loads(_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(known: dict[str, Any]) -> None:
+    file = _file()
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(known, indent=1))
+        part.replace(file)
+    except OSError as error:
+        logger.warning("the settings found for this GPU cannot be kept (%s)", error)
