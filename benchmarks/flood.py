@@ -45,13 +45,14 @@ class Flood:
         rng = random.Random(number)
         while time.monotonic() < end:
             index = rng.randrange(len(self.bodies))
-            patience = rng.random() * 2 if rng.random() < HANG_UP else None
+            left = end - time.monotonic()  # at the end everybody hangs up
+            patience = min(rng.random() * 2, left) if rng.random() < HANG_UP else left
             outcome = await self.ask(index, rng.random() < STREAMED, patience)
             self.seen[outcome] += 1
             if outcome == "429":
                 await asyncio.sleep(RETRY_SECONDS * (0.5 + rng.random()))
 
-    async def ask(self, index: int, stream: bool, patience: float | None) -> str:
+    async def ask(self, index: int, stream: bool, patience: float) -> str:
         """The status of one request, "hung up" when `patience` was over before its end."""
         try:
             async with asyncio.timeout(patience):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,3 +161,27 @@ def test_broken_configurations_are_refused(copy: Path, text: str) -> None:
     (copy / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         Checkpoint.open(copy)
+
+
+WRITES_SHARDS = """
+import resource, sys, torch
+from compressor.checkpoint import ShardWriter
+from pathlib import Path
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model = [torch.ones(8 << 20, dtype=torch.uint8) for _ in range(24)]
+before = peak()
+writer = ShardWriter(Path(sys.argv[1]), max_shard_bytes=64 << 20)
+for i, weight in enumerate(model):
+    writer.add(f"weight_{i}", weight + 1)
+writer.close()
+print(peak() - before)
+"""
+
+
+def test_writing_takes_less_memory_than_one_shard(tmp_path: Path) -> None:
+    """The bound is 1.2 times the largest shard beyond the model; tensors wait on disk, so it takes much less."""
+    done = subprocess.run([sys.executable, "-c", WRITES_SHARDS, tmp_path], capture_output=True, text=True, check=True)
+    largest = max(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3 and largest > 60e6
+    assert int(done.stdout) < 0.5 * largest
