@@ -17,6 +17,7 @@ from compressor.formats.low_rank import pack_low_rank
 from compressor.masks import n_m_mask
 from compressor.quantizers import rtn
 from compressor.scheme import QuantizationConfig, Scheme
+from tests.tiny import make_tokenizer
 
 VOCAB = 384
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
@@ -50,8 +51,8 @@ def small_model(family: str, **changes: Any) -> nn.Module:
     return t.OPTForCausalLM(t.OPTConfig(vocab_size=VOCAB, **sizes, **shared, **ends))
 
 
-def write_model(family: str, folder: Path, tokenizer: Path, **changes: Any) -> Path:
-    """A dense folder in bf16, with the tokenizer of another."""
+def write_model(family: str, folder: Path, **changes: Any) -> Path:
+    """A dense folder in bf16, with a byte-level tokenizer."""
     from compressor.models import quiet_transformers
 
     model = small_model(family, **changes).eval()
@@ -61,8 +62,7 @@ def write_model(family: str, folder: Path, tokenizer: Path, **changes: Any) -> P
                 parameter.normal_(0, 0.1)
     with quiet_transformers():
         model.to(torch.bfloat16).save_pretrained(folder)
-    for file in tokenizer.glob("tokenizer*"):
-        shutil.copy(file, folder)
+        make_tokenizer().save_pretrained(folder)
     return folder
 
 

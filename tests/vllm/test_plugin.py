@@ -21,7 +21,6 @@ from serve.engine.scheduler import Scheduled
 from serve.engine.sequence import Sequence
 from tests.vllm.models import FAMILIES, VOCAB, pack, write_model
 
-Folder = Callable[[str], Path]
 Ask = Callable[..., dict[str, Any]]
 SPARSE_INT4 = Scheme("sparse24_int4", 32)
 # Sums are taken in another order, and where that moves an activation across the edge of an int8 step, a random model
@@ -30,13 +29,13 @@ SAME = 0.93
 
 
 @pytest.fixture(scope="session")
-def dense(tiny_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`dense("llama")`: a small random model in bf16; made once a session."""
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:
         if family not in made:
-            made[family] = write_model(family, tmp_path_factory.mktemp(family), tiny_folder("llama"))
+            made[family] = write_model(family, tmp_path_factory.mktemp(family))
         return made[family]
 
     return make
@@ -123,10 +122,10 @@ def test_low_rank_branch_and_plain_parts(ask: Ask, dense: Callable[..., Path], t
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
-def test_two_ranks_say_what_one_says(ask: Ask, tiny_folder: Folder, tmp_path: Path) -> None:
+def test_two_ranks_say_what_one_says(ask: Ask, tmp_path: Path) -> None:
     """TinyLlama's proportions (32 heads, 4 of them for keys, inner size 2.75 times the hidden one) in two layers."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 32, "num_key_value_heads": 4}
-    source = write_model("llama", tmp_path / "dense", tiny_folder("llama"), **sizes)
+    source = write_model("llama", tmp_path / "dense", **sizes)
     branch = LowRank(16, trained_projection=True)
     folders = [
         pack(source, tmp_path / "packed", Scheme("sparse24_int4", 128)),
