@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 _WORDS = (50, 160)
-_LIMIT = 500
 _COMMON = 4
 
 
@@ -26,7 +25,7 @@ class Item:
     word: list[int]
 
 
-def last_word_items(tokenizer: Any, limit: int = _LIMIT) -> list[Item]:
+def last_word_items(tokenizer: Any, limit: int) -> list[Item]:
     """At most two items of a document, so that no document outweighs others."""
     from compressor.data import NAMED
 

@@ -23,6 +23,8 @@ from benchmarks.retraining_arms import BUDGETS, Arm, ablation_arms, arms_of, one
 
 _PUBLISHED, _OURS = "AST as published", "ours"
 _WINDOWS = (512, 2048)
+_TOKENS, _QUICK_TOKENS = 32_768, 4096
+_ITEMS, _QUICK_ITEMS = 500, 50
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
     flags.add_argument("--minutes", type=float, default=math.inf, help="start no further row after so long")
     flags.add_argument("--cost", action="store_true", help="measure the cost of a step and the loop's speed too")
     options = flags.parse_args(list(argv))
+    options.tokens = options.tokens or (_QUICK_TOKENS if options.quick else _TOKENS)
     rows = read_record(options.json, "retraining")["rows"] if options.json and options.json.is_file() else []
     bench = Bench(options)
     started = time.monotonic()
@@ -110,7 +113,7 @@ class Bench:
             for window in _WINDOWS if name != "speeches" else _WINDOWS[:1]:
                 found = read_windows(source, tokenizer, window=window, max_tokens=options.tokens, wikitext=detokenise)
                 self.windows[name if window == _WINDOWS[0] else f"{name} @ {window}"] = found.tokens
-        self.items = last_word_items(tokenizer)
+        self.items = last_word_items(tokenizer, _QUICK_ITEMS if options.quick else _ITEMS)
 
     def add_dense(self, rows: list[dict[str, Any]]) -> None:
         """What the arms are measured against."""

@@ -71,7 +71,7 @@ def test_a_row_is_made_and_measured(
     document = " ".join([WORDS] * 4 + ["In the end everybody knows about numbers."])
     monkeypatch.setitem(data.NAMED, "heldout", lambda: ([document] * 3, "none"))
     options = Namespace(
-        work=tmp_path, model=str(tiny_llama), wikitext=None, speeches=None, tokens=None, json=None
+        work=tmp_path, model=str(tiny_llama), wikitext=None, speeches=None, tokens=None, json=None, quick=True
     )  # fmt: skip
     monkeypatch.setattr(retraining, "_WINDOWS", (64,))
     bench = retraining.Bench(options)
