@@ -304,7 +304,12 @@ def main(argv: list[str]) -> int:
         metavar="PYTHON",
         help="a Python that has llama-cpp-python (default: this one)",
     )
+    own.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels (default: %(default)s)")
     arguments = own.parse_args(argv)
+    if arguments.device == "cuda":
+        from benchmarks import kernels_cuda
+
+        return kernels_cuda.main(arguments, argv)
     if not kernels.available():
         raise ValueError("the compiled kernels are not installed; install the package with a C++ compiler present")
     print(kernels.describe())

@@ -9,10 +9,12 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
+from benchmarks.__main__ import main
 from compressor.formats import make_format
 from compressor.formats.positions import compress24
 from compressor.kernels.cuda import AMPERE, choose, semi_structured
 from compressor.masks import n_m_mask
+from compressor.quantizers import rtn
 from compressor.scheme import Scheme
 
 HOPPER, TURING = (9, 0), (7, 5)
@@ -72,3 +74,25 @@ def test_bytes_of_the_triton_kernel_are_those_stored() -> None:
     bits = make_format(Scheme("sparse24_int4", 128)).bits_per_weight(4096, 4096)
     assert bits == 3.125
     assert 16 / bits == pytest.approx(5.12)
+
+
+def test_the_gpu_benchmark_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main(["kernels", "--device", "cuda"]) == 1
+    assert "--device cuda needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("name", "group"), [("sparse24_int4", 128), ("sparse24_int4", -1), ("sparse24", -1)])
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+def test_products_on_a_gpu(name: str, group: int, tokens: int) -> None:
+    scheme = Scheme(name, group)
+    fmt = make_format(scheme)
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    stored = fmt.pack(rtn(weight * n_m_mask(weight.abs()), None, scheme))
+    stored = {part: tensor.cuda() for part, tensor in stored.items()}
+    x = torch.randn(tokens, 512, generator=torch.Generator().manual_seed(1)).cuda().bfloat16()
+    expected = x.double() @ fmt.unpack(stored).double().T
+    found = fmt.linear(x, fmt.prepare(stored))
+    assert (found.double() - expected).norm() < 0.01 * expected.norm()

@@ -1,0 +1,123 @@
+"""`python -m benchmarks kernels --device cuda`: the GPU paths against torch's bf16 linear, per shape and batch.
+
+Each product is first compared with the unpacked weight's, so a wrong kernel gives an error and not a figure.
+`expected` is what the bytes allow while memory is the limit: those of a bf16 weight over those that are stored. Weights
+of a shape are repeated until they exceed the device's cache, and calls take turns among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.geometries import LLAMA_2, TINYLLAMA, Geometry
+from benchmarks.record import make_record, write_record
+from compressor.formats import make_format
+from compressor.kernels.cuda import choose
+from compressor.masks import n_m_mask
+from compressor.quantizers import rtn
+from compressor.scheme import Scheme
+
+BATCHES = (1, 4, 16, 32, 64, 128, 512)
+FORMATS = ("sparse24_int4", "sparse24")
+TORCH = "torch bf16"
+_TOLERANCE = 0.02
+_CALLS = 20
+
+
+def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Compares, times, prints and writes."""
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU that torch can use; without one leave --device out")
+    rows: list[dict[str, Any]] = []
+    for model in [TINYLLAMA] if options.quick else [TINYLLAMA, LLAMA_2]:
+        for shape in model.shapes:
+            for name in FORMATS:
+                rows += measure(model, shape, name, BATCHES[:2] if options.quick else BATCHES, options.quick)
+    numbers = headline(rows)
+    print(json.dumps(numbers, indent=1))
+    if options.json:
+        device = torch.cuda.get_device_properties(0)
+        more = {"device": device.name, "capability": [device.major, device.minor], "cuda": torch.version.cuda}
+        write_record(options.json, make_record("kernels", argv, rows, numbers, **more))
+    return 0
+
+
+def measure(
+    model: Geometry, shape: tuple[int, int], name: str, batches: Sequence[int], quick: bool
+) -> list[dict[str, Any]]:
+    """One row a batch: milliseconds of the packed product and of torch's."""
+    scheme = Scheme(name, model.group)
+    fmt = make_format(scheme)
+    weight = torch.randn(shape) * 0.02
+    stored = fmt.pack(rtn(weight * n_m_mask(weight.abs()), None, scheme))
+    stored = {part: tensor.cuda() for part, tensor in stored.items()}
+    dense = fmt.unpack(stored)
+    size = sum(tensor.nbytes for tensor in stored.values())
+    copies = 2 if quick else max(2, -(-256_000_000 // size))
+    packed = [fmt.prepare({part: tensor.clone() for part, tensor in stored.items()}) for _ in range(copies)]
+    plain = [dense.clone() for _ in range(copies)]
+    path = choose(name, torch.cuda.get_device_capability(), *shape, model.group, dense.dtype)
+    rows = []
+    for batch in batches:
+        x = torch.randn(batch, shape[1], device="cuda", dtype=torch.bfloat16)
+        expected = F.linear(x.float(), dense.float())
+        error = float((fmt.linear(x, packed[0]).float() - expected).norm() / expected.norm())
+        if not error < _TOLERANCE:
+            raise ValueError(f"{name} {shape} batch {batch} by {path}: wrong by {error:.3g} of the result")
+        own = milliseconds(lambda one, x=x: fmt.linear(x, one), packed)
+        torchs = milliseconds(lambda one, x=x: F.linear(x, one), plain)
+        rows.append(
+            {
+                "model": model.name, "shape": list(shape), "arm": name, "path": path, "batch": batch,
+                "milliseconds": own, "torch_bf16_milliseconds": torchs, "vs_torch_bf16": torchs / own,
+                "bytes": size, "bytes_per_s": size / own * 1e3, "expected": dense.nbytes / size, "error": error,
+            }
+        )  # fmt: skip
+        print(
+            f"{model.name:14} {shape!s:14} {name:14} {path:16} batch {batch:3}: {own:7.4f} ms, {torchs / own:5.2f}x "
+            f"torch bf16 (bytes allow {dense.nbytes / size:.2f}x), {size / own / 1e6:6.0f} GB/s, error {error:.1e}",
+            flush=True,
+        )
+    return rows
+
+
+def milliseconds(run: Callable[[Any], Tensor], weights: Sequence[Any]) -> float:
+    """The median call; all are captured in one CUDA graph, as a server runs them, after calls that tune."""
+    for weight in weights[:2]:
+        run(weight)
+    torch.cuda.synchronize()
+    graph, order = torch.cuda.CUDAGraph(), cycle(weights)
+    with torch.cuda.graph(graph):
+        for _ in range(_CALLS):
+            run(next(order))
+    times = []
+    for _ in range(7):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / _CALLS)
+    return statistics.median(times)
+
+
+def headline(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Sums over the largest model's linears at batch 1 and 64."""
+    found = {}
+    largest = rows[-1]["model"]
+    for name in FORMATS:
+        for batch in (1, 64):
+            chosen = [r for r in rows if r["model"] == largest and r["arm"] == name and r["batch"] == batch]
+            if chosen:
+                ours, theirs = (sum(r[key] for r in chosen) for key in ("milliseconds", "torch_bf16_milliseconds"))
+                found[f"cuda_{name}_vs_torch_bf16_b{batch}"] = theirs / ours
+    return found
