@@ -1,9 +1,11 @@
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from compressor.recipe import RecipeError, load_recipe, parse_budget, parse_recipe, recipe_names
 from compressor.retraining import Budget
+from compressor.retraining.schedules import learning_rate
 from compressor.scheme import LowRank
 
 
@@ -89,15 +91,27 @@ def test_ignore_takes_names_and_patterns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "length", "warmup", "ramp", "last_decay", "rates", "adam", "loss", "form"),
+    ("name", "steps", "length", "warmup", "last_cosine", "ramp", "last_decay", "rates", "adam", "loss", "form"),
     [
-        ("gpt2", 40_000, 1024, 2_000, 10_000, 1e-4, (2e-4, 2e-5), (0.9, 0.95, 0.1, 1.0), (0.67, 2.0), "decoupled"),
-        ("llama", 15_000, 4096, 500, 3_000, 6e-5, (2e-5, 2e-6), (0.9, 0.95, 0.0, 1.0), (1 / 3, 2.0), "coupled"),
+        (
+            "gpt2",
+            40_000,
+            1024,
+            2_000,
+            38_000,
+            10_000,
+            1e-4,
+            (2e-4, 2e-5),
+            (0.9, 0.95, 0.1, 1.0),
+            (0.67, 2.0),
+            "decoupled",
+        ),
+        ("llama", 15_000, 4096, 500, 15_000, 3_000, 6e-5, (2e-5, 2e-6), (0.9, 0.95, 0.0, 1.0), (1 / 3, 2.0), "coupled"),
     ],
 )
 def test_the_published_settings_are_those_published(
-    name: str, steps: int, length: int, warmup: int, ramp: int, last_decay: float, rates: tuple[float, float],
-    adam: tuple[float, ...], loss: tuple[float, float], form: str,
+    name: str, steps: int, length: int, warmup: int, last_cosine: int, ramp: int, last_decay: float,
+    rates: tuple[float, float], adam: tuple[float, ...], loss: tuple[float, float], form: str,
 ) -> None:  # fmt: skip
     """The table of the paper and its code: steps of 128 blocks, AdamW, the decay's ramp, CE and KL."""
     recipe = load_recipe(f"ast-paper-{name}")
@@ -106,6 +120,9 @@ def test_the_published_settings_are_those_published(
     assert parse_budget(recipe.retraining.budget).tokens == steps * 128 * length
     assert (loop.batch, recipe.text.length) == (128, length)
     assert loop.warmup * steps == pytest.approx(warmup, rel=1e-4)
+    rate = partial(learning_rate, peak=loop.learning_rate, warmup=loop.warmup, final=loop.final_rate)
+    at = [rate(step / steps, schedule=loop.schedule, cooldown=loop.cooldown) for step in (warmup, last_cosine, steps)]
+    assert at == pytest.approx([*rates, rates[1] if last_cosine == steps else 0.0], rel=1e-3, abs=1e-12)
     assert (loop.learning_rate, loop.learning_rate * loop.final_rate) == pytest.approx(rates)
     assert (loop.beta1, loop.beta2, loop.weight_decay, loop.clip) == adam
     assert (loop.kl_weight, loop.temperature) == pytest.approx(loss, rel=1e-4)
