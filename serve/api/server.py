@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 HEADER_SECONDS = 10.0
 MAX_HEADER_BYTES = 64 * 1024
 IDLE_POLL_SECONDS = 0.02
+WARN_SECONDS = 60.0
 
 
 class Server:
@@ -48,19 +50,30 @@ class Server:
         self.gate = Gate(build_app(self.state), options.api_key, limits)
         self._uvicorn = _Uvicorn(self._config())
         self._drainer: asyncio.Task[None] | None = None
+        self._warned_at = -WARN_SECONDS
 
     async def run(self) -> int:
         """Serve until a signal; 0 when everything was answered, 1 when the engine failed."""
         loop = asyncio.get_running_loop()
         if not self.options.debug:  # a warning a write to a client that has hung up is no news to anybody
             logging.getLogger("asyncio").setLevel(logging.ERROR)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_signal)
+        loop.set_exception_handler(self._on_loop_error)
         self.engine.start()
         self.state.ready = True
         await self._uvicorn.serve(sockets=[self.listener])
         self.engine.stop()
         return 0 if self.engine.alive else 1
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Without descriptors asyncio reports thousands of failed accepts a second; one line a minute says it too."""
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+            loop.default_exception_handler(context)
+        elif loop.time() > self._warned_at + WARN_SECONDS:
+            self._warned_at = loop.time()
+            logger.warning("no file descriptors are left, so new connections wait; raise the limit (ulimit -n)")
 
     def _on_signal(self) -> None:
         if self._drainer is not None:

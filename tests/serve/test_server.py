@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -214,10 +215,28 @@ def test_sigterm_lets_streams_finish(tiny_folder: Folder) -> None:
         assert process.wait(timeout=5) == 0
 
 
-def test_sigterm_when_idle_exits_at_once(tiny_folder: Folder) -> None:
+def test_few_descriptors_make_clients_wait(tiny_folder: Folder, capfd: pytest.CaptureFixture[str]) -> None:
+    async def ask(url: str, http: httpx.AsyncClient) -> int:
+        return (
+            await http.post(f"{url}/tokenize", json={"prompt": "hello"}, headers={"Connection": "close"})
+        ).status_code
+
+    async def all_at_once(url: str) -> list[int]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(limits=limits, timeout=60) as http:
+            return await asyncio.gather(*(ask(url, http) for _ in range(120)))
+
+    with server(tiny_folder("llama")) as (url, process):
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (40, 40))
+        assert set(asyncio.run(all_at_once(url))) == {200}
+    assert len(capfd.readouterr().err.splitlines()) < 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_when_idle_ends_it_at_once(tiny_folder: Folder, number: signal.Signals) -> None:
     with server(tiny_folder("llama")) as (url, process):
         httpx.get(f"{url}/health")
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.wait(timeout=3) == 0
 
 
