@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -73,8 +74,8 @@ def measure(
         error = float((fmt.linear(x, packed[0]).float() - expected).norm() / expected.norm())
         if not error < _TOLERANCE:
             raise ValueError(f"{name} {shape} batch {batch} by {path}: wrong by {error:.3g} of the result")
-        own = milliseconds(lambda one, x=x: fmt.linear(x, one), packed)
-        torchs = milliseconds(lambda one, x=x: F.linear(x, one), plain)
+        own = milliseconds(partial(fmt.linear, x), packed)
+        torchs = milliseconds(partial(F.linear, x), plain)
         rows.append(
             {
                 "model": model.name, "shape": list(shape), "arm": name, "path": path, "batch": batch,

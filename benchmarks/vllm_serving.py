@@ -42,7 +42,9 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
         raise ValueError("--runtime vllm needs --vllm-python (a Python that has vLLM and halfweight) and --dense")
     rounds = 1 if options.quick else options.rounds
     rows: Rows = read_record(options.json, "serving")["rows"] if options.json and options.json.is_file() else []
-    models = {SMALL: ({PACKED: options.packed, DENSE: options.dense, INT4: options.int4}, STREAMS)}
+    models: dict[str, tuple[dict[str, Path | None], tuple[int, ...]]] = {
+        SMALL: ({PACKED: options.packed, DENSE: options.dense, INT4: options.int4}, STREAMS)
+    }
     if options.one_b:
         models[LARGE] = ({PACKED: options.one_b, DENSE: options.one_b_dense, INT4: options.one_b_int4}, (1,))
     for model, (given, streams) in models.items():

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from statistics import median
+from typing import Any
 
 
 def main(model: str, out: str, tokens: str) -> None:
@@ -39,11 +40,11 @@ def main(model: str, out: str, tokens: str) -> None:
         json.dump(found, file)
 
 
-def _linears(model, kind):
+def _linears(model: Any, kind: type) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
-def _bytes(layer):
+def _bytes(layer: Any) -> int:
     """Of what a layer computes from; vLLM hands dense weights to oneDNN and keeps none, so they are counted by size."""
     own = [*layer.parameters(), *layer.buffers()]
     held = {tensor.data_ptr(): tensor.nbytes for tensor in own if tensor.numel() and tensor is not layer.bias}
@@ -51,16 +52,16 @@ def _bytes(layer):
     return sum(held.values()) or 2 * weights
 
 
-def _time(layer, spent):
+def _time(layer: Any, spent: list[float]) -> None:
     inner = layer.quant_method.apply
 
     class Timed:
         """The layer's method with a clock around its product."""
 
-        def __getattr__(self, name):
+        def __getattr__(self, name: str) -> Any:
             return getattr(method, name)
 
-        def apply(self, *arguments, **named):
+        def apply(self, *arguments: Any, **named: Any) -> Any:
             start = time.perf_counter()
             result = inner(*arguments, **named)
             spent[0] += time.perf_counter() - start

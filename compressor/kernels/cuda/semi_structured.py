@@ -38,7 +38,8 @@ def cutlass_layout(kept: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
     """(values [O, I / 2], metadata) as CUTLASS reads them, from stored values and positions [O, I / 8]."""
     kind = torch.int32 if kept.dtype == torch.int8 else torch.int16
     words = meta.contiguous().view(kind)  # four or eight quads, the first in the lowest bits
-    offsets = _calculate_meta_reordering_scatter_offsets(*words.shape, kind, words.device)
+    rows, width = words.shape
+    offsets = _calculate_meta_reordering_scatter_offsets(rows, width, kind, words.device)
     reordered = words.new_empty(words.numel()).scatter_(0, offsets, words.reshape(-1))
     return kept.contiguous(), reordered.view(words.shape)
 
