@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from vllm import __version__ as vllm_version
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig as VllmQuantizationConfig
 
