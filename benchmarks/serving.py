@@ -30,6 +30,8 @@ from benchmarks.record import finish, parser
 PACKED, LLAMA, VLLM = "halfweight", "llama.cpp Q4_0", "vLLM bf16"
 STREAMS = (1, 8, 32)
 PROMPT_WORDS, OUTPUT, CONTEXT = 100, 64, 512
+_START = 900
+"""Seconds that a server gets to start; vLLM compiles first."""
 WORDS = ("river", "stone", "window", "paper", "garden", "winter", "letter", "market", "engine", "silver", "bridge")
 
 
@@ -54,7 +56,7 @@ class Server:
         self.process = subprocess.Popen(
             command, env=os.environ | self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        while time.monotonic() - began < 300:
+        while time.monotonic() - began < _START:
             if self.process.poll() is not None:
                 raise ValueError(f"{self.name} ended with status {self.process.returncode}: {' '.join(command)}")
             try:
@@ -62,12 +64,16 @@ class Server:
                 return time.monotonic() - began
             except ConnectionError:  # not up yet
                 time.sleep(0.02)
-        raise ValueError(f"{self.name} did not answer within 300 s: {' '.join(command)}")
+        raise ValueError(f"{self.name} did not answer within {_START} s: {' '.join(command)}")
 
     def stop(self) -> None:
         if self.process is not None:
             self.process.terminate()
-            self.process.wait(30)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
 
     async def ask(self, streams: int, tokens: int, salt: int) -> list[list[float]]:
         """The times of every token of every stream, in seconds since they were all asked for."""
