@@ -83,9 +83,20 @@ def environment(options: ServeOptions) -> dict[str, str]:
         found["VLLM_API_KEY"] = options.api_key
     if options.threads is not None:
         found |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(options.threads)}
+    ranks = options.tensor_parallel_size * options.pipeline_parallel_size
+    if ranks > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ | found:
+        found["VLLM_CPU_OMP_THREADS_BIND"] = cpus_of_ranks(ranks, sorted(os.sched_getaffinity(0)))
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and options.kv_cache_gb is None:
         found["VLLM_CPU_KVCACHE_SPACE"] = "1"
     return found
+
+
+def cpus_of_ranks(ranks: int, cpus: list[int]) -> str:
+    """Each rank's processors; by itself vLLM wants a NUMA node for each. Without enough of them, ranks share one."""
+    share = len(cpus) // ranks
+    if not share:
+        return "|".join(str(cpus[rank % len(cpus)]) for rank in range(ranks))
+    return "|".join(",".join(map(str, cpus[rank * share : (rank + 1) * share])) for rank in range(ranks))
 
 
 def _check_folder(options: ServeOptions) -> None:

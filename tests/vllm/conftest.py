@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from serve.runtimes.vllm import cpus_of_ranks
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("consumer.py")
 Ask = Callable[..., dict[str, Any]]
@@ -39,6 +41,8 @@ def ask(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Ask:
         (place / "request.json").write_text(json.dumps(request))
         # One rank runs in this one process, which imports vLLM once for all folders.
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks > 1)), "VLLM_NO_USAGE_STATS": "1"}
+        if ranks > 1:
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = cpus_of_ranks(ranks, sorted(os.sched_getaffinity(0)))
         command = [vllm_python, str(SCRIPT), str(place / "request.json"), str(place / "answer.json")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -34,6 +34,14 @@ def test_common_flags_become_vllms(tmp_path: Path) -> None:
     assert vllm.environment(options)["OMP_NUM_THREADS"] == "4"
 
 
+@pytest.mark.parametrize(
+    ("ranks", "cpus", "lists"),
+    [(2, [0, 1], "0|1"), (2, [1], "1|1"), (2, [0, 1, 2, 3, 4], "0,1|2,3"), (3, [4, 6], "4|6|4")],
+)
+def test_ranks_get_processors_of_their_own(ranks: int, cpus: list[int], lists: str) -> None:
+    assert vllm.cpus_of_ranks(ranks, cpus) == lists
+
+
 def test_options_that_vllm_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vLLM has no --deterministic, --max-queue; leave it out"):
         vllm.arguments(ServeOptions(tmp_path, deterministic=True, max_queue=1))
