@@ -43,6 +43,8 @@ class HalfweightEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Takes the stored tensors to the kernel's layout and frees them."""
+        if hasattr(layer, "tied_to"):
+            layer.weight = layer.tied_to[0].weight
         if hasattr(layer, "packed") or hasattr(layer, "tied_to"):
             return
         stored = {name: parameter.data for name, parameter in layer.named_parameters(recurse=False) if name != "bias"}
@@ -52,6 +54,7 @@ class HalfweightEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
             layer.packed, layer.packed_head = packed_table(self.scheme, stored, self.prefix)
         for name in stored:
             delattr(layer, name)
+        layer.weight = next(layer.packed.buffers())  # by this name vLLM's adapters find a layer's device
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         """[..., hidden]: the rows `ids`."""
