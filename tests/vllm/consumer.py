@@ -23,7 +23,7 @@ def answer(folder, request):
 
     windows = request["windows"]
     llm = LLM(folder, max_model_len=len(windows[0]) + 8, max_num_seqs=4, disable_log_stats=True, **request["engine"])
-    # On a CPU, vLLM 0.32 fails where log-probabilities of a prompt meet an adapter; then only the next token is asked for.
+    # On a CPU, vLLM 0.32 fails where log-probabilities of a prompt meet an adapter: then only the next token is wanted.
     places = None if request.get("adapter") else 1
     settings = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=places, detokenize=False)
     adapter = LoRARequest("adapter", 1, request["adapter"]) if request.get("adapter") else None
