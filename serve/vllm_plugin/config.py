@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from compressor.scheme import QUANT_METHOD, QuantizationConfig, Scheme
 from serve.vllm_plugin import check_version
 
-_EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "wte", "model.decoder.embed_tokens", "decoder.embed_tokens")
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 """The families' names of the token embedding: vLLM does not tell most of its embedding layers theirs."""
 
 
@@ -85,7 +85,9 @@ class HalfweightConfig(VllmQuantizationConfig):  # type: ignore[misc]
 
     def embedding_scheme(self) -> Scheme | None:
         """The scheme of the token embedding."""
-        return next((scheme for name in _EMBEDDINGS if (scheme := self.scheme_of(name)) is not None), None)
+        groups = self.parsed.groups.values()
+        module = next((t for group in groups for t in group.targets if t.rpartition(".")[2] in _EMBEDDINGS), None)
+        return None if module is None else self.scheme_of(module)
 
     def head_scheme(self, prefix: str) -> Scheme | None:
         """The scheme of the LM head; a tied one stores nothing and reads the embedding's tensors."""
