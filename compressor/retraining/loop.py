@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from compressor.low_rank import LowRankBranch
 from compressor.retraining.distribution import STRATEGIES, Distribution
 from compressor.retraining.objective import Objective
 from compressor.retraining.optimizers import Trained
@@ -82,7 +81,7 @@ class LoopSettings:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
-    kl_weight: float = 1.0
+    kl_weight: float = 0.5
     temperature: float = 1.0
     distill: str = "kl"
     teacher_cache: str = "off"
@@ -121,9 +120,6 @@ class LoopSettings:
 
 class Method(Protocol):
     """What differs from method to method."""
-
-    branches: dict[str, LowRankBranch]
-    """Low-rank branches trained beside the sparse weights, by linear."""
 
     @property
     def trained(self) -> list[Trained]: ...

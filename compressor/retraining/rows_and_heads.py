@@ -106,7 +106,10 @@ def _blocks(family: Block, names: Mapping[str, Any]) -> Iterator[Block]:
     end = f".{family.query}"
     for prefix in (name.removesuffix(end) for name in names if name.endswith(end)):
         yield Block(
-            *(f"{prefix}.{part}" for part in (family.query, family.key, family.value, family.out)),
+            f"{prefix}.{family.query}",
+            f"{prefix}.{family.key}",
+            f"{prefix}.{family.value}",
+            f"{prefix}.{family.out}",
             tuple(f"{prefix}.{part}" for part in family.up),
             f"{prefix}.{family.down}",
         )

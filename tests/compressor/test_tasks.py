@@ -1,0 +1,199 @@
+"""Tasks: the forms that labelled data comes in, what is refused, and the metrics' own definitions."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compressor.tasks import TASKS, Example, Task, TaskSource, load_task
+from compressor.tasks.encoding import Answers, Labelled, encode
+from compressor.tasks.glue import GLUE
+from compressor.tasks.metrics import METRICS, measure
+from compressor.tasks.packaged import _word_examples
+from compressor.tasks.readers import read_records
+from compressor.tasks.task import split_of
+from tests.tiny import make_tokenizer
+
+
+def write_tsv(path: Path, header: list[str] | None, rows: list[list[str]]) -> None:
+    path.write_text("\n".join("\t".join(row) for row in ([header] if header else []) + rows) + "\n")
+
+
+def test_colas_archive_has_no_header(tmp_path: Path) -> None:
+    rows = [["gj04", str(place % 2), "*", f"sentence {place}"] for place in range(40)]
+    write_tsv(tmp_path / "train.tsv", None, rows)
+    write_tsv(tmp_path / "dev.tsv", None, rows[:5])
+    task = load_task("cola", TaskSource(str(tmp_path)))
+    assert task.metrics[0] == "matthews" and task.labels == ("unacceptable", "acceptable")
+    assert [example.label for example in task.test] == [0, 1, 0, 1, 0]
+    assert task.test[0].text == "sentence 0"
+    assert len(task.train) + len(task.validation) == 40 and task.validation
+
+
+def test_quotation_marks_are_text_in_glues_tsv(tmp_path: Path) -> None:
+    """A reader that honours quotes swallows the lines between two of them."""
+    header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
+    rows = [[str(i % 2), "1", "2", f'"He said {i}', f"it's {i}"] for i in range(30)]
+    write_tsv(tmp_path / "train.tsv", header, rows)
+    write_tsv(tmp_path / "dev.tsv", header, rows[:3])
+    task = load_task("mrpc", TaskSource(str(tmp_path)))
+    assert [(e.text, e.pair, e.label) for e in task.test] == [
+        ('"He said 0', "it's 0", 0), ('"He said 1', "it's 1", 1), ('"He said 2', "it's 2", 0),
+    ]  # fmt: skip
+
+
+def test_mnli_takes_the_matched_development_set(tmp_path: Path) -> None:
+    header = ["index", "sentence1", "sentence2", "label1", "gold_label"]
+    names = ("entailment", "neutral", "contradiction")
+    rows = [[str(i), f"a {i}", f"b {i}", names[i % 3], names[i % 3]] for i in range(30)]
+    write_tsv(tmp_path / "train.tsv", header, rows)
+    write_tsv(tmp_path / "dev_matched.tsv", header, rows[:3])
+    write_tsv(tmp_path / "dev_mismatched.tsv", header, rows[3:20])
+    task = load_task("mnli", TaskSource(str(tmp_path)))
+    assert [example.label for example in task.test] == [0, 1, 2]
+
+
+def test_stsb_is_a_regression_with_pearson(tmp_path: Path) -> None:
+    records = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "label": i / 8} for i in range(40)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    task = load_task("stsb", TaskSource(str(tmp_path)))
+    assert task.kind == "regression" and task.outputs == 1 and task.metrics == ("pearson", "spearman")
+    assert task.test[3].label == 0.375
+
+
+def test_every_glue_task_reads_the_hubs_fields(tmp_path: Path) -> None:
+    for name, spec in GLUE.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        label = 1 if spec.labels else 2.5
+        records = [{**{field: f"{field} {i}" for field in spec.fields}, "label": label} for i in range(30)]
+        unlabelled = {**records[0], "label": -1}
+        for split in ("train", "validation"):
+            lines = map(json.dumps, [*records, unlabelled] if spec.labels else records)
+            (folder / f"{split}.jsonl").write_text("\n".join(lines))
+        task = load_task(name, TaskSource(str(folder)))
+        assert len(task.test) == 30 and {example.label for example in task.test} == {label}
+        assert (task.test[0].pair is None) == (len(spec.fields) == 1)
+
+
+def test_e2e_gathers_the_references_of_one_meaning(tmp_path: Path) -> None:
+    lines = ["mr,ref", *(f'"name[{i}], food[x]",Place {i} has x.' for i in range(30))]
+    (tmp_path / "trainset.csv").write_text("\n".join(lines))
+    (tmp_path / "devset.csv").write_text('mr,ref\n"name[A], food[x]",One.\n"name[A], food[x]",Two.\n')
+    task = load_task("e2e", TaskSource(str(tmp_path)))
+    assert [example.references for example in task.test] == [(" One.", " Two.")]
+    assert task.train[0].text.startswith("name[")
+
+
+def test_a_custom_file_is_split_and_its_labels_found(tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text("review,stars\n" + "\n".join(f"text {i},{i % 3 + 8}" for i in range(200)))
+    task = load_task("custom", TaskSource(str(file), text="review", label="stars"))
+    assert task.labels == ("8", "9", "10")
+    texts = [{example.text for example in part} for part in (task.train, task.validation, task.test)]
+    assert all(texts) and sum(map(len, texts)) == len(set.union(*texts)) == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "why"),
+    [
+        ("sst3", TaskSource(), "no task 'sst3'; accepted: rotten-tomatoes"),
+        ("custom", TaskSource(), "needs task.source"),
+        ("custom", TaskSource("./nowhere.jsonl"), "is not there; accepted is"),
+        ("custom", TaskSource("x", kind="translation"), "task kind 'translation'"),
+        ("rotten-tomatoes", TaskSource("x"), "brings its own examples"),
+    ],
+)
+def test_what_is_wrong_is_said(name: str, source: TaskSource, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        load_task(name, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("a.jsonl", '{"text": "a"\n', "line 1 is not JSON"),
+        ("a.jsonl", "[1]\n", "line 1 is not an object"),
+        ("a.tsv", "text\tlabel\none\n", "line 2 has 1 fields; 2 are expected"),
+        ("a.csv", "text,label\n", "holds no records"),
+        ("a.xlsx", "x", "is not understood"),
+    ],
+)
+def test_torn_files_are_named(name: str, text: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=why):
+        read_records(tmp_path / name)
+
+
+def test_an_unknown_label_and_a_missing_field_are_named(tmp_path: Path) -> None:
+    for records, why in (
+        ([{"sentence": "a", "label": "maybe"}], "record 1 has the label 'maybe'; accepted: negative, positive"),
+        ([{"text": "a", "label": 1}], "record 1 has no sentence; it has text, label"),
+    ):
+        for split in ("train", "dev"):
+            (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
+        with pytest.raises(ValueError, match=why):
+            load_task("sst2", TaskSource(str(tmp_path)))
+
+
+def test_a_key_always_falls_into_the_same_split() -> None:
+    found = [split_of(f"film {i}", test=3, validation=1) for i in range(2000)]
+    assert found == [split_of(f"film {i}", test=3, validation=1) for i in range(2000)]
+    assert 0.25 < found.count("test") / 2000 < 0.35 and 0.07 < found.count("validation") / 2000 < 0.13
+
+
+def test_story_words_hold_every_content_word_once() -> None:
+    [example] = _word_examples('One day, the little cat saw a red ball in the garden. "No," he said.')
+    assert example.text == "Words: ball, cat, day, garden, little, one, red, saw\nSentence:"
+    assert example.references == (" One day, the little cat saw a red ball in the garden.",)
+
+
+def test_metrics_by_their_definitions() -> None:
+    predicted, true = [1, 1, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0]
+    found = measure(("accuracy", "f1", "matthews"), predicted, true)
+    assert found == pytest.approx({"accuracy": 4 / 6, "f1": 2 / 3, "matthews": 1 / 3})
+    assert METRICS["matthews"]([0, 0, 0], [0, 1, 0]) == 0.0
+    assert METRICS["f1"]([0, 1, 2], [0, 1, 1]) == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert METRICS["pearson"]([1.0, 2.0, 4.0], [2.0, 4.0, 8.0]) == pytest.approx(1.0)
+    assert METRICS["spearman"]([1.0, 2.0, 40.0], [2.0, 4.0, 5.0]) == pytest.approx(1.0)
+    assert METRICS["pearson"]([1.0, 1.0], [0.0, 1.0]) == 0.0
+
+
+def test_text_metrics_take_the_best_of_several_references() -> None:
+    answers = ["the cat sat on the mat today", "a dog"]
+    references = [["no", "the cat sat on the mat today"], ["a dog"]]
+    assert METRICS["bleu"](answers, references) == pytest.approx(100.0)
+    assert METRICS["rouge_l"](answers, references) == pytest.approx(1.0)
+    assert METRICS["rouge_l"](["the mat"], [["the cat"]]) == pytest.approx(0.5)
+
+
+def task_of(kind: str, examples: list[Example]) -> Task:
+    return Task("t", kind, ("no", "yes") if kind == "classification" else (), ("accuracy",), examples, [], [])
+
+
+def test_batches_are_padded_to_their_own_longest() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    examples = [Example("a" * size, label=size % 2) for size in (3, 20, 9)]
+    encoded = encode(tokenizer, task_of("classification", examples), examples, 16)
+    assert isinstance(encoded, Labelled)
+    batch = encoded.batch([0, 2])
+    assert batch["input_ids"].shape == (2, 16) and batch["attention_mask"].sum(1).tolist() == [3, 9]
+    assert encoded.batch([0])["input_ids"].shape == (1, 8)
+    assert encoded.batch([1])["attention_mask"].sum() == 16
+
+
+def test_answers_end_and_only_they_are_marked() -> None:
+    tokenizer = make_tokenizer()
+    examples = [Example("Q:", references=("yes",)), Example("a long question", references=("no",))]
+    encoded = encode(tokenizer, task_of("generation", examples), examples, 12)
+    assert isinstance(encoded, Answers)
+    ids, marks = encoded.batch([0, 1])
+    assert marks.sum(1).tolist() == [4, 3]
+    assert ids[0][marks[0]].tolist() == tokenizer("yes")["input_ids"] + [tokenizer.eos_token_id]
+    assert len(encoded.prompts[1]) == 9, "the prompt gives way, not the answer"
+
+
+def test_names_of_tasks() -> None:
+    assert {"rotten-tomatoes", "story-words", "cola", "stsb", "e2e", "custom"} <= set(TASKS)
