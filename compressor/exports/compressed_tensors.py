@@ -29,13 +29,15 @@ def losses(source: Source) -> list[str]:
     """Nothing beyond what no target holds.
 
     Raises:
-        ValueError: a model whose linears compressed-tensors does not know.
+        ValueError: a model whose linears compressed-tensors does not know, or none of which has integer values.
     """
     turned = [name for name in source.linears() if source.is_transposed(name)]
     if turned:
         raise ValueError(
             f"{turned[0]} is a Conv1D, which compressed-tensors does not know; export to gptq or dense instead"
         )
+    if all(bits_of(scheme) is None for scheme in source.linears().values()):
+        raise ValueError("no layer of this checkpoint has integer values; export it to dense instead")
     return []
 
 
@@ -78,8 +80,6 @@ def _stored(layer: Layer, bits: int | None) -> dict[str, Tensor]:
 
 def _config(source: Source, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     packed = {name: scheme for name, scheme in schemes.items() if bits_of(scheme) is not None}
-    if not packed:
-        raise ValueError("no layer of this checkpoint has integer values; export it to dense instead")
     alike = {Scheme(f"int{bits_of(scheme)}", scheme.group_size, scheme.dtype) for scheme in packed.values()}
     groups: dict[str, Any] = {}
     if len(alike) == 1:

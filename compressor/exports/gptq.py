@@ -21,9 +21,10 @@ from compressor.checkpoint import ShardWriter
 from compressor.exports import source as exported
 from compressor.exports.compressed_tensors import bits_of
 from compressor.exports.dense import write_config
-from compressor.exports.source import Layer, Source
+from compressor.exports.source import Layer, Source, architecture_of
 from compressor.exports.words import from_words, to_words
 from compressor.formats import QuantizedWeight
+from compressor.models import is_classifier
 from compressor.scheme import Scheme
 
 
@@ -31,8 +32,14 @@ def losses(source: Source) -> list[str]:
     """Scales that fp16 does not hold.
 
     Raises:
-        ValueError: layers that differ in bits or group size, or that the layout cannot store.
+        ValueError: a model with a head for classes, layers that differ in bits or group size, or that the layout cannot
+            store.
     """
+    if is_classifier(source.config.get("architectures")):
+        raise ValueError(
+            f"what reads gptq knows language models, this is {architecture_of(source.config)}: "
+            "export to compressed-tensors, onnx or dense instead"
+        )
     packed = {name: scheme for name, scheme in source.linears().items() if bits_of(scheme) is not None}
     alike = {(bits_of(scheme), scheme.group_size) for scheme in packed.values()}
     if len(alike) != 1:

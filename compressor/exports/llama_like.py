@@ -6,9 +6,11 @@ in biases and in the norm of queries and keys, which the stored tensors themselv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from compressor.exports.source import architecture_of
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -31,13 +33,16 @@ class LlamaLike:
     tied: bool
 
 
-def parse_llama_like(target: str, config: Mapping[str, Any]) -> LlamaLike:
-    """Reads a configuration; raises ValueError for what the exports to `target` do not know."""
-    architecture = str((config.get("architectures") or ["(none named)"])[0])
+def parse_llama_like(target: str, config: Mapping[str, Any], *, also: Sequence[str] = ()) -> LlamaLike:
+    """Reads a configuration; raises ValueError for what the exports to `target` do not know.
+
+    Args:
+        also: other architectures that the target takes, for the sentence that refuses this one.
+    """
+    architecture = architecture_of(config)
     if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"export to {target} knows {', '.join(ARCHITECTURES)}, this is {architecture}; export to dense instead"
-        )
+        known = ", ".join((*ARCHITECTURES, *also))
+        raise ValueError(f"export to {target} knows {known}, this is {architecture}; export to dense instead")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind != "default":

@@ -1,4 +1,6 @@
-"""`onnx`: a graph with KV cache for onnxruntime and Optimum; int4 and int8 weights in `MatMulNBits`, bit by bit.
+"""`onnx`: a graph for onnxruntime and Optimum; int4 and int8 weights in `MatMulNBits`, bit by bit.
+
+Language models of Llama's kind get a KV cache; BERT and RoBERTa are encoders, with or without a head for classes.
 
 Grid values and scales are kept exactly: `MatMulNBits` reads unsigned values around half the range, which is what a
 symmetric grid becomes, and its blocks are powers of two, so that a scale may stand several times. Tables and weights
@@ -16,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compressor.exports import bert_like
 from compressor.exports import source as exported
+from compressor.exports.bert_like import BertLike, parse_bert_like
 from compressor.exports.compressed_tensors import bits_of
 from compressor.exports.dense import write_config
-from compressor.exports.llama_like import parse_llama_like
-from compressor.exports.source import Source
+from compressor.exports.llama_like import LlamaLike, parse_llama_like
+from compressor.exports.source import Source, architecture_of
 from compressor.formats import QuantizedWeight
 from compressor.formats.nibbles import pack_nibbles, unpack_nibbles
 from compressor.scheme import Scheme
@@ -37,9 +41,15 @@ def losses(source: Source) -> list[str]:
     Raises:
         ValueError: the model is not of a kind that the graph knows, or the package onnx is missing.
     """
-    parse_llama_like("onnx", source.config)
+    _shape(source.config)
     _package()
     return []
+
+
+def _shape(config: Mapping[str, Any]) -> LlamaLike | BertLike:
+    if architecture_of(config) in bert_like.ARCHITECTURES:
+        return parse_bert_like("onnx", config)
+    return parse_llama_like("onnx", config, also=bert_like.ARCHITECTURES)
 
 
 def _package() -> Any:
@@ -53,15 +63,18 @@ def _package() -> Any:
 def write(source: Source, stage: Path) -> None:
     """Writes model.onnx, its data and config.json."""
     onnx = _package()
-    from compressor.exports.onnx_graph import build
-
-    shape = parse_llama_like("onnx", source.config)
     with (stage / _DATA).open("wb") as data:
-        graph = build(shape, _Weights(source, shape.tied, data))
+        graph = _graph(_shape(source.config), _Weights(source, data))
     opsets = [onnx.helper.make_opsetid("", _OPSET), onnx.helper.make_opsetid("com.microsoft", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="halfweight")
     onnx.save(model, stage / "model.onnx")
     write_config(stage, source.config)
+
+
+def _graph(shape: LlamaLike | BertLike, weights: _Weights) -> Any:
+    from compressor.exports import onnx_encoder, onnx_graph
+
+    return onnx_encoder.build(shape, weights) if isinstance(shape, BertLike) else onnx_graph.build(shape, weights)
 
 
 def block_size(group: int) -> int | None:
@@ -73,15 +86,16 @@ def block_size(group: int) -> int | None:
 class _Weights:
     """Adds linears to a graph, and their tensors to the data file, one layer at a time."""
 
-    def __init__(self, source: Source, tied: bool, data: IO[bytes]) -> None:
-        self.source, self.tied, self.data = source, tied, data
+    def __init__(self, source: Source, data: IO[bytes]) -> None:
+        self.source, self.data = source, data
         self.stored: dict[str, Any] = {}
 
     def linear(self, graph: Any, x: str, module: str) -> str:
-        stored = "model.embed_tokens" if module == "lm_head" and self.tied else module
+        tied = module == "lm_head" and self.source.config.get("tie_word_embeddings", False)
+        stored = "model.embed_tokens" if tied else module
         product = self._product(graph, x, stored)
         bias = f"{module}.bias"
-        return graph.op("Add", product, self._floats(graph, bias)) if bias in self.source.checkpoint.shards else product
+        return graph.op("Add", product, self._floats(graph, bias)) if self.holds(bias) else product
 
     def _product(self, graph: Any, x: str, module: str) -> str:
         grid = self._grid(graph, module)
@@ -93,8 +107,7 @@ class _Weights:
             "MatMulNBits", x, *names, domain="com.microsoft", K=columns, N=rows, bits=grid.bits, block_size=grid.block
         )
 
-    def embedding(self, graph: Any, ids: str) -> str:
-        module = "model.embed_tokens"
+    def embedding(self, graph: Any, ids: str, module: str) -> str:
         grid = self._grid(graph, module)
         if grid is None:
             return graph.op("Gather", self._floats(graph, f"{module}.weight"), ids, axis=0)
@@ -106,9 +119,11 @@ class _Weights:
         scale = graph.op("Gather", graph.op("Slice", per_block, *map(graph.ints, (0, 1, 1))), ids, axis=0)
         return graph.op("Mul", graph.op("Sub", values, graph.constant(128.0)), scale)
 
-    def norm(self, graph: Any, module: str) -> str | None:
-        name = f"{module}.weight"
-        return self._floats(graph, name) if name in self.source.checkpoint.shards else None
+    def parameter(self, graph: Any, name: str) -> str:
+        return self._floats(graph, name)
+
+    def holds(self, name: str) -> bool:
+        return name in self.source.checkpoint.shards
 
     def _floats(self, graph: Any, name: str) -> str:
         """A tensor of floats, stored in its own dtype and read as float32."""

@@ -24,11 +24,14 @@ class Weights(Protocol):
     def linear(self, graph: Graph, x: str, module: str) -> str:
         """Adds `x W^T + b`; returns the name of the result."""
 
-    def embedding(self, graph: Graph, ids: str) -> str:
-        """Adds the lookup of token ids."""
+    def embedding(self, graph: Graph, ids: str, module: str) -> str:
+        """Adds the lookup of ids [B, S] in a table."""
 
-    def norm(self, graph: Graph, module: str) -> str | None:
-        """The name of a norm's weight, or None where the model has no such norm."""
+    def parameter(self, graph: Graph, name: str) -> str:
+        """The float32 values of a stored vector."""
+
+    def holds(self, name: str) -> bool:
+        """Whether the model has a tensor of this name."""
 
 
 class Graph:
@@ -64,7 +67,7 @@ def build(shape: LlamaLike, weights: Weights) -> GraphProto:
     graph = Graph()
     rotary = _rotary(graph, shape)
     bias = _causal_bias(graph)
-    hidden = weights.embedding(graph, "input_ids")
+    hidden = weights.embedding(graph, "input_ids", "model.embed_tokens")
     for index in range(shape.layers):
         block = f"model.layers.{index}"
         normed = _rms_norm(graph, hidden, f"{block}.input_layernorm", weights, shape.eps)
@@ -78,12 +81,11 @@ def build(shape: LlamaLike, weights: Weights) -> GraphProto:
 
 
 def _rms_norm(graph: Graph, x: str, module: str, weights: Weights, eps: float) -> str:
-    weight = weights.norm(graph, module)
-    if weight is None:
+    if not weights.holds(f"{module}.weight"):
         return x
     mean = graph.op("ReduceMean", graph.op("Mul", x, x), graph.ints(-1), keepdims=1)
     root = graph.op("Sqrt", graph.op("Add", mean, graph.constant(eps)))
-    return graph.op("Mul", graph.op("Div", x, root), weight)
+    return graph.op("Mul", graph.op("Div", x, root), weights.parameter(graph, f"{module}.weight"))
 
 
 def _rotary(graph: Graph, shape: LlamaLike) -> tuple[str, str]:

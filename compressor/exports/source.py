@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.calibration import is_conv1d
 from compressor.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ from compressor.exports.regrid import fit_grid
 from compressor.formats import QuantizedWeight, make_format
 from compressor.formats.low_rank import low_rank_weight
 from compressor.inspection import packed_modules
-from compressor.models import block_linears, name_of, skeleton
+from compressor.models import name_of, skeleton
 from compressor.scheme import Scheme
 
 RECORD = "halfweight.json"
@@ -56,10 +56,12 @@ class Source:
         self.schemes: Mapping[str, Scheme] = packed_modules(self.checkpoint)
         model = skeleton(folder)
         self._transposed = {name for name, module in model.named_modules() if is_conv1d(module)}
-        self._linears = list(block_linears(model))
-        found = (name_of(model, model.get_input_embeddings()), name_of(model, model.get_output_embeddings()))
-        self.embeddings = {name for name in found if name is not None}
-        """Names of the embedding and of the LM head, packed or not."""
+        tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+        head = name_of(model, model.get_output_embeddings())
+        self.embeddings = tables if head is None else tables | {head}
+        """Names of the embeddings and of the LM head, packed or not."""
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)]
+        self._linears = [name for name in linears if name not in self.embeddings]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -81,11 +83,11 @@ class Source:
         return {name: _exported(scheme) for name, scheme in self.schemes.items()}
 
     def linears(self) -> dict[str, Scheme]:
-        """{module: scheme} of the packed linears of the blocks, as they are exported."""
+        """{module: scheme} of the packed linears other than the LM head, as they are exported."""
         return {name: scheme for name, scheme in self.exported_schemes().items() if name not in self.embeddings}
 
     def dense_linears(self) -> list[str]:
-        """Linears of the blocks that are exported as plain numbers: left dense, or with a branch folded in."""
+        """Linears that are exported as plain numbers: left dense, or with a branch folded in."""
         return [name for name in self._linears if make_format(self.linears().get(name, Scheme())).grid is None]
 
     def is_transposed(self, name: str) -> bool:
@@ -111,6 +113,11 @@ class Source:
             module, _, key = name.rpartition(".")
             if module not in self.schemes or key == "bias":
                 yield name, self.checkpoint.tensor(name)
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The first architecture that a configuration names."""
+    return str((config.get("architectures") or ["(none named)"])[0])
 
 
 def _exported(scheme: Scheme) -> Scheme:
