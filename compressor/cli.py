@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="WHICH",
         help="do not prune these layers: a name, 're:PATTERN', or auto:5%% for the most sensitive ones",
     )
+    flag("--task", default=_env("task"), metavar="NAME", help="fine-tune for this task (recipes pst-...)")
     flag("--one-shot", action="store_true", help="leave retraining out")
     flag("--low-memory", action="store_true", help="never hold the model: one weight, or block, at a time")
     flag("--tensorboard", metavar="DIR", help="also write the metrics of retraining there, for TensorBoard")
@@ -93,7 +94,8 @@ def _compress(arguments: Sequence[str]) -> int:
 
     budget = [f"retraining.budget={options.budget}"] if options.budget else []
     one_shot = ["retraining=null"] if options.one_shot else []
-    recipe = load_recipe(options.recipe, [*options.set, *budget, *one_shot])
+    task = [f"task.name={options.task}"] if options.task else []
+    recipe = load_recipe(options.recipe, [*task, *options.set, *budget, *one_shot])
     if options.keep_dense:
         if recipe.sparsity is None:
             raise ValueError(f"--keep-dense given, but recipe {recipe.name!r} prunes nothing: leave it out")

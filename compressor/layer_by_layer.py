@@ -27,12 +27,13 @@ from compressor.checkpoint import Checkpoint
 from compressor.data import TextBlocks
 from compressor.formats import make_format
 from compressor.models import block_linears, name_of, quiet_transformers
-from compressor.pipeline import Report, Result, SparseModel, choose_dense, quantize, round_block
+from compressor.pipeline import choose_dense, round_block
 from compressor.preflight import Plan
 from compressor.pruning import score_mask
 from compressor.quantizers import NEED_HESSIAN
 from compressor.recipe import Recipe
 from compressor.solvers import SOLVERS, solve_block, without_hessians
+from compressor.sparse_model import Report, Result, SparseModel
 
 _LARGE_BYTES = 1 << 28
 """Hidden states above this lie on disk."""
@@ -221,7 +222,7 @@ def _pack_rows(
     scheme = plan.schemes[name]
     fixed = {name: scales[name][rows]} if name in scales else {}
     part = SparseModel(disk.model, dict(stats), {}, scales=fixed)
-    return make_format(scheme).pack(quantize(part, name, weight_of(disk.linears[name])[rows], scheme, recipe))
+    return make_format(scheme).pack(part.quantize(name, weight_of(disk.linears[name])[rows], scheme))
 
 
 def _rounded(

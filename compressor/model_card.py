@@ -20,13 +20,14 @@ def model_card(
     header = {
         "base_model": name,
         "library_name": "halfweight",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-generation" if plan.labels is None else "text-classification",
         "tags": ["halfweight", "2:4", "sparsity", "quantization"],
     }
     config = json.loads((plan.folder / "config.json").read_text())
     source = f" ({config['halfweight_source']})" if "halfweight_source" in config else ""
     formats = Counter(scheme.format for scheme in plan.schemes.values())
     patterns = Counter(map(str, plan.shapes.values()))
+    endpoint = "an OpenAI-compatible endpoint" if plan.labels is None else "offers POST /classify"
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False).strip(),
@@ -47,7 +48,7 @@ def model_card(
         "## Use",
         "",
         "```",
-        "serve .          # an OpenAI-compatible endpoint",
+        f"serve .          # {endpoint}",
         "```",
         "",
         "## Recipe",

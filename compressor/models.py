@@ -189,7 +189,9 @@ def skeleton(folder: Path, labels: Sequence[str] | None = None) -> Any:
             config = AutoConfig.from_pretrained(folder, **({} if labels is None else _head_options(labels)))
             classifies = labels is not None or is_classifier(config.architectures)
             kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-            return kind.from_config(config)
+            model = kind.from_config(config)
+            model.config.architectures = [type(model).__name__]
+            return model
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise ValueError(f"{folder} holds no supported causal language model or classifier: {reason}") from None

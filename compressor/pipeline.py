@@ -11,8 +11,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,49 +26,24 @@ from compressor.awq import apply_awq
 from compressor.calibration import IN_MEMORY, LayerStats, Residence, calibrate_blocks, weight_of
 from compressor.checkpoint import CheckpointWriter, copy_companions
 from compressor.data import TextBlocks, load_text
-from compressor.formats import QuantizedWeight, make_format
+from compressor.formats import make_format
 from compressor.formats.low_rank import pack_low_rank
-from compressor.low_rank import LowRankBranch
 from compressor.model_card import model_card
 from compressor.models import block_linears, fetch_model, load_model, load_tokenizer
 from compressor.output import OutputFolder
 from compressor.preflight import Plan, check
 from compressor.pruning import most_sensitive, prune, sensitivities
-from compressor.quantizers import NEED_HESSIAN, QUANTIZERS, rtn, snap
+from compressor.quantizers import NEED_HESSIAN, QUANTIZERS
 from compressor.recipe import Recipe, parse_budget
 from compressor.retraining import TextDistillation, reconstruction, text_loss
 from compressor.retraining.distribution import join, main_first
 from compressor.retraining.loop import training_device
 from compressor.scheme import QuantizationConfig, Scheme
 from compressor.solvers import by_input
+from compressor.sparse_model import Report, Result, SparseModel, watched, work_folder
+from compressor.task_stage import fine_tune
 
 log = logging.getLogger(__name__)
-
-Report = Callable[[str, int, int, dict[str, Any]], None]
-"""`report(stage, done, total, figures)`: called as a stage goes on."""
-
-
-@dataclass
-class Result:
-    """What came out, and what is written on the model card."""
-
-    out: Path
-    plan: Plan
-    stored_bytes: int = 0
-    figures: dict[str, Any] = field(default_factory=dict)
-    text: dict[str, Any] | None = None
-
-
-@dataclass
-class SparseModel:
-    """A model whose linears hold sparse weights, with the low-rank branches that were trained beside them."""
-
-    model: Any
-    stats: dict[str, LayerStats]
-    masks: dict[str, Tensor]
-    low_rank: dict[str, LowRankBranch] = field(default_factory=dict)
-    scales: dict[str, Tensor] = field(default_factory=dict)
-    """The scales that the last part of retraining saw; packing keeps them, so that what was trained is served."""
 
 
 def compress(name: str, recipe: Recipe, out: str | Path, *, force: bool = False, report: Report) -> Result:
@@ -103,7 +78,10 @@ def _train(name: str, recipe: Recipe, out: Path, report: Report) -> tuple[Result
     with main_first():
         folder = fetch_model(name)
     report("fetch", 1, 1, {})
-    result = Result(out, check(folder, recipe, out))
+    with main_first():
+        result = Result(out, check(folder, recipe, out))
+    if result.plan.task is not None:
+        return result, fine_tune(result, recipe, report), None
     with main_first():
         text = read_text(folder, recipe, result)
     model = load_model(folder)
@@ -116,11 +94,6 @@ def _train(name: str, recipe: Recipe, out: Path, report: Report) -> tuple[Result
 
 def _silent(_stage: str, _done: int, _total: int, _figures: dict[str, Any]) -> None:
     """Only the first process tells what goes on."""
-
-
-def work_folder(out: Path) -> Path:
-    """Where an interrupted retraining is resumed from."""
-    return out.with_name(f".{out.name}.work")
 
 
 def read_text(folder: Path, recipe: Recipe, result: Result) -> TextBlocks | None:
@@ -244,15 +217,15 @@ def retrain(
         ),
         linears,
         sparse.masks,
-        parse_budget(settings.budget),
+        parse_budget(settings.budget).resolved(len(tokens), tokens.shape[1], settings.loop.batch),
         loop=settings.loop,
         settings=settings.ast if settings.method == "ast" else settings.cast,
         method=settings.method,
         validation=validation,
         work_dir=work_folder(result.out),
         shapes=plan.shapes,
-        snap=lambda name, weight: snap_to_grid(sparse, name, weight, plan.schemes[name], recipe),
-        progress=lambda step, total, metrics: report("retrain", step, total, _shown(metrics)),
+        snap=lambda name, weight: sparse.snap_to_grid(name, weight, plan.schemes[name]),
+        progress=lambda step, total, metrics: report("retrain", step, total, watched(metrics)),
     )
     sparse.low_rank = outcome.low_rank
     result.figures |= {
@@ -268,15 +241,6 @@ def retrain(
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
-
-
-def _shown(metrics: Mapping[str, float]) -> dict[str, Any]:
-    """The figures worth watching, shortly named."""
-    names = {
-        "total": "loss", "kl": "KL", "flip_rate": "flips", "mean_kept": "|w| kept", "mean_masked": "|w| masked",
-        "tokens_per_second": "tok/s", "learning_rate": "lr",
-    }  # fmt: skip
-    return {short: metrics[name] for name, short in names.items() if name in metrics}
 
 
 def transform(sparse: SparseModel, recipe: Recipe, plan: Plan, text: TextBlocks | None, report: Report) -> None:
@@ -325,34 +289,14 @@ def round_block(
     return scales
 
 
-def snap_to_grid(
-    sparse: SparseModel, name: str, weight: Tensor, scheme: Scheme, recipe: Recipe
-) -> Callable[[Tensor, slice], Tensor]:
-    """Fixes a layer's scales as of now; returns what the forward is to see of rows of its weight from then on."""
-    fmt = make_format(scheme)
-    scale = rtn(weight.cpu(), sparse.stats.get(name), scheme).scale
-    if scale is None:
-        return lambda values, _rows: values
-    sparse.scales[name] = scale
-    near = scale.to(weight.device)  # of a model that trains on an accelerator
-    return lambda values, rows: snap(values, near[rows], fmt).dequantized()
-
-
-def quantize(sparse: SparseModel, name: str, weight: Tensor, scheme: Scheme, recipe: Recipe) -> QuantizedWeight:
-    """A weight on its grid: on the one that it was trained on, if it was."""
-    if name in sparse.scales:
-        return snap(weight.float(), sparse.scales[name], make_format(scheme))
-    return rtn(weight, sparse.stats.get(name), scheme)
-
-
-def stored_tensors(sparse: SparseModel, plan: Plan, recipe: Recipe, report: Report) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(sparse: SparseModel, plan: Plan, report: Report) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint by its stored name, each packed as it is asked for."""
     model, packed = sparse.model, set()
     for done, (name, scheme) in enumerate(plan.schemes.items(), start=1):
         report("pack", done, len(plan.schemes), {})
         module = model.get_submodule(name)
         weight = (module.weight if isinstance(module, nn.Embedding) else weight_of(module)).detach()
-        for key, tensor in make_format(scheme).pack(quantize(sparse, name, weight, scheme, recipe)).items():
+        for key, tensor in make_format(scheme).pack(sparse.quantize(name, weight, scheme)).items():
             yield f"{name}.{key}", tensor
         if scheme.low_rank is not None:
             branch = sparse.low_rank[name]
@@ -367,7 +311,7 @@ def stored_tensors(sparse: SparseModel, plan: Plan, recipe: Recipe, report: Repo
 
 def save(sparse: SparseModel, name: str, recipe: Recipe, output: OutputFolder, result: Result, report: Report) -> None:
     """Quantises, packs and writes the model."""
-    tensors = stored_tensors(sparse, result.plan, recipe, report)
+    tensors = stored_tensors(sparse, result.plan, report)
     save_tensors(tensors, config_of(sparse.model, result.plan), name, recipe, output, result)
 
 

@@ -6,11 +6,13 @@ Runs before anything long: reads the configuration and shapes, never the weights
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import psutil
 import torch
@@ -24,16 +26,20 @@ from compressor.data import ACCEPTED, NAMED
 from compressor.formats import make_format
 from compressor.formats.low_rank import low_rank_spec
 from compressor.masks import MaskShape
-from compressor.models import block_linears, name_of, skeleton
+from compressor.models import block_linears, is_classifier, name_of, skeleton
 from compressor.quantizers import rtn
-from compressor.recipe import Recipe, parse_budget
+from compressor.recipe import Recipe, check_given_task, parse_budget
 from compressor.scheme import Scheme
+from compressor.tasks import Task, load_task
 
 log = logging.getLogger(__name__)
 
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
 """Model types that the torch runtime serves by its own modules."""
+ENCODERS = ("bert", "roberta")
+"""Model types whose classifiers the torch runtime serves."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_TOKENS_OF_A_WORD = 1.5
 _GROUP_SIZES = (128, 64, 32)
 _STREAMING_BYTES = 8e8
 """Imports and blocks of rows of a run that never holds the model."""
@@ -55,6 +61,7 @@ class Plan:
         disk_bytes: needed for output and resume files.
         seconds: estimated time of retraining, or None without retraining.
         notes: things worth knowing before the start.
+        task: what the model is fine-tuned for, where the recipe names a task.
     """
 
     folder: Path
@@ -68,6 +75,12 @@ class Plan:
     disk_bytes: int
     seconds: float | None
     notes: tuple[str, ...]
+    task: Task | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Of the head that the task brings, as `skeleton` wants them."""
+        return None if self.task is None else self.task.head_labels
 
     def with_linears(self, linears: Mapping[str, nn.Module], recipe: Recipe) -> Plan:
         """The plan for another recipe, which treats the same linears differently."""
@@ -82,6 +95,7 @@ def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) 
         ValueError: the model, or one of its layers, cannot take the recipe.
         MemoryError: too little memory or disk; names what is needed and what is there.
     """
+    check_given_task(recipe)
     source = Checkpoint.open(folder)
     if source.packed:
         raise ValueError(f"{folder} is a compressed checkpoint already. Give the dense model that it was made from.")
@@ -90,7 +104,8 @@ def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) 
             f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}). Copy the tokenizer files of the model into it."
         )
     _check_text(recipe)
-    model = skeleton(folder)
+    task = read_task(recipe)
+    model = skeleton(folder, None if task is None else task.head_labels)
     linears = {name: module for name, module in block_linears(model).items() if not recipe.ignores(name)}
     if not linears:
         raise ValueError("the recipe's 'ignore' leaves no layer to compress")
@@ -98,11 +113,21 @@ def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) 
         check_awq(str(model.config.model_type))
     schemes = linear_schemes(linears, recipe) | embedding_schemes(model, recipe)
     plan = _estimate(folder, model, schemes, mask_shapes(linears, recipe), recipe)
+    if task is not None:
+        plan = replace(plan, task=task, seconds=_task_seconds(recipe, task, plan.parameters))
     if low_memory:
         calibration = _block_bytes(model, linears) if recipe.uses_text else 0
         plan = replace(plan, memory_bytes=int(_STREAMING_BYTES + plan.dense_bytes / 8) + calibration)
     _check_machine(plan, out)
     return plan
+
+
+def read_task(recipe: Recipe) -> Task | None:
+    """The recipe's task with its examples, as many as it wants."""
+    if recipe.task is None:
+        return None
+    task = load_task(recipe.task.name, recipe.task.source)
+    return task.limited(recipe.task.train_examples, recipe.task.test_examples, recipe.seed)
 
 
 def _check_text(recipe: Recipe) -> None:
@@ -182,7 +207,7 @@ def _estimate(
     disk = packed * 1.1 + (parameters * 13 * 3 if trained else 0)
     notes = []
     model_type = str(model.config.model_type)  # type: ignore[union-attr]
-    if model_type not in SERVED:
+    if model_type not in SERVED and not (model_type in ENCODERS and is_classifier(model.config.architectures)):  # type: ignore[union-attr, arg-type]
         notes.append(
             f"the torch runtime does not serve {model_type!r} yet (it serves {', '.join(SERVED)}); "
             "transformers' from_pretrained does"
@@ -225,10 +250,23 @@ def _seconds(recipe: Recipe, parameters: int) -> float | None:
     if recipe.retraining is None:
         return None
     budget = parse_budget(recipe.retraining.budget)
-    if budget.tokens is None:
+    if budget.tokens is None:  # passes over a text that is not read yet have no known length
         return budget.seconds
     # Forward and backward of the student (6 per weight and token) and the teacher's forward (2), at a third of peak.
     return budget.tokens * parameters * 8 / (_matmul_rate() / 3)
+
+
+def _task_seconds(recipe: Recipe, task: Task, parameters: int) -> float | None:
+    """As `_seconds`, without a teacher, for examples as long as their words suggest."""
+    if recipe.retraining is None or recipe.task is None:
+        return None
+    budget = parse_budget(recipe.retraining.budget)
+    words = fmean(
+        len(f"{example.text} {example.pair or ''} {' '.join(example.references[:1])}".split()) for example in task.train
+    )
+    tokens = min(recipe.task.length, math.ceil(_TOKENS_OF_A_WORD * words))
+    budget = budget.resolved(len(task.train), tokens, recipe.retraining.loop.batch)
+    return budget.seconds if budget.tokens is None else budget.tokens * parameters * 6 / (_matmul_rate() / 3)
 
 
 def _matmul_rate() -> float:
@@ -270,12 +308,19 @@ def _check_machine(plan: Plan, out: Path) -> None:
 def try_one_layer(plan: Plan) -> str:
     """Prunes, quantises, packs and unpacks one real layer; returns a sentence with its shape, size and error."""
     checkpoint = Checkpoint.open(plan.folder)
-    tried = [name for name in plan.shapes or plan.schemes if f"{name}.weight" in checkpoint.shards]
-    if not tried:
+    # A folder of an encoder without a head lacks the encoder's own name in front.
+    stored = {
+        name: key
+        for name in plan.shapes or plan.schemes
+        for key in (f"{name}.weight", f"{name.partition('.')[2]}.weight")
+        if key in checkpoint.shards
+    }
+    if not stored:
         return "no layer could be tried: the stored names differ from the model's"
-    name, scheme = tried[0], plan.schemes[tried[0]]
-    weight = checkpoint.tensor(f"{name}.weight").float()
-    if type(skeleton(plan.folder).get_submodule(name)).__name__ == "Conv1D":
+    name, key = next(iter(stored.items()))
+    scheme = plan.schemes[name]
+    weight = checkpoint.tensor(key).float()
+    if type(skeleton(plan.folder, plan.labels).get_submodule(name)).__name__ == "Conv1D":
         weight = weight.t().contiguous()
     fmt = make_format(scheme)
     pruned = weight * plan.shapes[name].mask(weight.abs()) if name in plan.shapes else weight

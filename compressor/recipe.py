@@ -21,12 +21,15 @@ from compressor.criteria import CRITERIA, WITHOUT_TEXT
 from compressor.masks import MaskShape
 from compressor.quantizers import NEED_HESSIAN, QUANTIZERS
 from compressor.retraining import METHODS, AstSettings, Budget, CastSettings, LoopSettings, LowRankSettings
+from compressor.retraining.pst import PstSettings
 from compressor.retraining.reconstruction import ReconstructionSettings
+from compressor.retraining.task_methods import METHODS as TASK_METHODS
 from compressor.scheme import LowRank, Scheme
 from compressor.solvers import SOLVERS
+from compressor.tasks import TASKS, TaskSource
 
 RECIPES = files("compressor") / "recipes"
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|tok|ktok|Mtok|Gtok)")
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|tok|ktok|Mtok|Gtok|epochs?)")
 _SHARE = re.compile(r"auto:(\d{1,2}(?:\.\d+)?)\s*%")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 _TOKENS = {"tok": 1, "ktok": 10**3, "Mtok": 10**6, "Gtok": 10**9}
@@ -150,7 +153,8 @@ class Retraining(_Section):
 
     method: str = "ast"
     budget: str = "10m"
-    """Wall time (`90s`, `10m`, `2h`) or tokens (`500ktok`, `2Mtok`). Schedules are fractions of it."""
+    """Wall time (`90s`, `10m`, `2h`), tokens (`500ktok`, `2Mtok`) or passes over the text, or the task's examples (`3
+    epochs`). Schedules are fractions of it."""
     validation_blocks: int = Field(default=16, ge=1)
     """Blocks of the text that are held out, to measure the loss before and after."""
     loop: LoopSettings = LoopSettings()
@@ -159,11 +163,15 @@ class Retraining(_Section):
     """What AST adds: mask decay and refresh, the low-rank branch."""
     cast: CastSettings = CastSettings()
     """What CAST adds: its L1 decay, the row scales."""
+    pst: PstSettings = PstSettings()
+    """What PST adds: ranks, the score's terms, how sparsity grows (for the methods compared with it, too)."""
+    heads_and_neurons: float | None = Field(default=None, gt=0, lt=1)
+    """PST only: drop this share of each block's heads and MLP neurons, in place of a sparsity section."""
 
     @model_validator(mode="after")
     def _known(self) -> Retraining:
         parse_budget(self.budget)
-        return _check_name(self, "method", self.method, list(METHODS))
+        return _check_name(self, "method", self.method, [*METHODS, *TASK_METHODS])
 
     @property
     def low_rank(self) -> LowRank | None:
@@ -172,6 +180,29 @@ class Retraining(_Section):
         if branch is None:
             return None
         return LowRank(branch.segment, "int8" if branch.int8 else "bfloat16", branch.projection)
+
+
+class TaskSection(_Section):
+    """The task that the model is fine-tuned for while it is pruned."""
+
+    name: str
+    """A packaged task, one of GLUE's, `e2e`, or `custom` for files of one's own."""
+    source: TaskSource = TaskSource()
+    """Where a task that is not packaged has its examples, and in which fields."""
+    length: int = Field(default=128, ge=8)
+    """The most tokens of an example, its answer included."""
+    train_examples: int | None = Field(default=None, ge=1)
+    """At most so many are trained on, chosen by the seed."""
+    test_examples: int | None = Field(default=None, ge=1)
+    """At most so many are tested on."""
+    beams: int = Field(default=4, ge=1)
+    """Of the search that writes answers."""
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Of written answers."""
+
+    @model_validator(mode="after")
+    def _known(self) -> TaskSection:
+        return _check_name(self, "task", self.name, TASKS)
 
 
 class Quantization(_Section):
@@ -207,6 +238,7 @@ class Recipe(_Section):
     description: str = ""
     seed: int = 0
     text: Text = Text()
+    task: TaskSection | None = None
     ignore: tuple[str, ...] = ()
     """Layers that stay dense: names, or `re:` patterns that match a whole name."""
     sparsity: Sparsity | None = None
@@ -219,7 +251,8 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.retraining is not None and self.sparsity is None:
+        self._check_task()
+        if self.retraining is not None and self.sparsity is None and not self.fine_tunes:
             raise ValueError("retraining needs a sparsity section: it trains a sparse model")
         if self.reconstruction is not None and self.sparsity is None:
             raise ValueError("reconstruction needs a sparsity section: it trains a sparse model")
@@ -231,6 +264,40 @@ class Recipe(_Section):
             raise ValueError("an override of sparsity needs a sparsity section, which says how to prune")
         _check_targets(self.ignore)
         return self
+
+    def _check_task(self) -> None:
+        method = self.retraining.method if self.retraining is not None else None
+        if self.task is None:
+            return  # recipes leave the task to the command line; `check_given_task` is for later
+        if method not in TASK_METHODS:
+            raise ValueError(
+                f"task {self.task.name!r} given, but retraining.method is {method!r}; methods that fine-tune for a "
+                f"task: {', '.join(TASK_METHODS)} (recipes pst-...)"
+            )
+        self._check_pruned_for_task(str(method))
+        settings = self.quantization
+        if settings.quantizer != "rtn" or settings.transform is not None or self.reconstruction is not None:
+            raise ValueError(
+                "with a task weights are rounded to nearest, on grids that the last part of fine-tuning has seen "
+                "(retraining.loop.quantize_share); leave quantizer, transform and reconstruction out"
+            )
+
+    def _check_pruned_for_task(self, method: str) -> None:
+        whole = self.retraining is not None and self.retraining.heads_and_neurons is not None
+        if method == "dense" or whole:
+            if self.sparsity is not None:
+                raise ValueError(
+                    "leave the sparsity section out: method 'dense' prunes nothing, and heads_and_neurons "
+                    "says itself what is pruned"
+                )
+        elif self.sparsity is None:
+            raise ValueError(f"retraining.method {method!r} needs a sparsity section: it trains a sparse model")
+        if whole and method not in ("pst", "lora-magnitude"):
+            raise ValueError(f"heads_and_neurons are dropped by pst only, not by {method!r}")
+        if self.sparsity is not None and self.sparsity.dense_share:
+            raise ValueError("keep_dense auto ranks layers by text; with a task name the layers instead")
+        if len({str(override.sparsity) for override in self.overrides} - {"None", "dense"}) > 0:
+            raise ValueError("with a task all pruned layers share one pattern; override with 'dense' only")
 
     def ignores(self, name: str) -> bool:
         """Whether a layer stays dense."""
@@ -267,13 +334,31 @@ class Recipe(_Section):
         return Scheme(format_name, -1 if floats else group_size, values if floats else "bfloat16", low_rank)
 
     @property
+    def fine_tunes(self) -> bool:
+        """Whether the model is trained on a task's examples."""
+        return self.retraining is not None and self.retraining.method in TASK_METHODS
+
+    @property
     def uses_text(self) -> bool:
         """Whether any stage reads text."""
         pruning = self.sparsity
         calibrated = pruning is not None and (pruning.criterion not in WITHOUT_TEXT or pruning.dense_share > 0)
         settings = self.quantization
         rounded = settings.quantizer in NEED_HESSIAN or settings.transform is not None
+        if self.fine_tunes:
+            return False
         return self.retraining is not None or self.reconstruction is not None or calibrated or rounded
+
+
+def check_given_task(recipe: Recipe) -> None:
+    """Raises ValueError for a recipe that fine-tunes for a task, when none is named."""
+    if recipe.task is None and recipe.fine_tunes:
+        assert recipe.retraining is not None
+        raise ValueError(
+            f"recipe {recipe.name!r} fine-tunes for a task (retraining.method {recipe.retraining.method!r}), and none "
+            f"is given; give --task NAME, of: {', '.join(TASKS)}; or take a method that needs none: "
+            f"{', '.join(METHODS)}"
+        )
 
 
 def check_streamable(recipe: Recipe) -> None:
@@ -294,11 +379,13 @@ def parse_budget(text: str) -> Budget:
     """`10m` is 600 seconds, `2Mtok` two million tokens. Raises ValueError for anything else."""
     match = _BUDGET.fullmatch(text.strip())
     if match is None or float(match[1]) <= 0:
-        raise ValueError(f"budget {text!r} is not understood; accepted: 90s, 10m, 2h, 500ktok, 2Mtok, 1Gtok")
+        raise ValueError(f"budget {text!r} is not understood; accepted: 90s, 10m, 2h, 500ktok, 2Mtok, 1Gtok, 3 epochs")
     number, unit = float(match[1]), match[2]
     if unit in _SECONDS:
         return Budget(seconds=number * _SECONDS[unit])
-    return Budget(tokens=round(number * _TOKENS[unit]))
+    if unit in _TOKENS:
+        return Budget(tokens=round(number * _TOKENS[unit]))
+    return Budget(epochs=number)
 
 
 def recipe_names() -> list[str]:
@@ -363,18 +450,24 @@ def _sentence(problem: Any) -> str:
         section = tuple(part for part in problem["loc"][:-1] if not isinstance(part, int))
         accepted = _SECTION_KEYS.get(section, [])
         return f"unknown key {where!r}{_did_you_mean(str(problem['loc'][-1]), accepted)}; accepted: {accepted}"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')} (given: {problem['input']!r})"[:600]
+    why = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):
+        return f"{where}: {why}"
+    return f"{where}: {why} (given: {problem['input']!r})"[:600]
 
 
 _SECTION_KEYS: dict[tuple[Any, ...], list[str]] = {
     (): list(Recipe.model_fields),
     ("text",): list(Text.model_fields),
+    ("task",): list(TaskSection.model_fields),
+    ("task", "source"): [field.name for field in fields(TaskSource)],
     ("sparsity",): list(Sparsity.model_fields),
     ("overrides",): list(Override.model_fields),
     ("retraining",): list(Retraining.model_fields),
     ("retraining", "loop"): [field.name for field in fields(LoopSettings)],
     ("retraining", "ast"): [field.name for field in fields(AstSettings)],
     ("retraining", "cast"): [field.name for field in fields(CastSettings)],
+    ("retraining", "pst"): [field.name for field in fields(PstSettings)],
     ("retraining", "ast", "low_rank"): [field.name for field in fields(LowRankSettings)],
     ("reconstruction",): [field.name for field in fields(ReconstructionSettings)],
     ("quantization",): list(Quantization.model_fields),

@@ -21,12 +21,13 @@ from compressor.layer_by_layer import packed_linears, scratch_folder
 from compressor.masks import MaskShape
 from compressor.models import block_linears, fetch_model, skeleton
 from compressor.output import OutputFolder
-from compressor.pipeline import Report, Result, config_of, read_text, save_tensors
+from compressor.pipeline import config_of, read_text, save_tensors
 from compressor.preflight import Plan, check
 from compressor.pruning import score_mask
 from compressor.quantizers import rtn
 from compressor.recipe import Recipe, check_streamable
 from compressor.scheme import Scheme
+from compressor.sparse_model import Report, Result
 
 _BLOCK_WEIGHTS = 1 << 22
 """Weights that are worked on at a time: 16 MiB in float32, and a few times that while scales are searched."""

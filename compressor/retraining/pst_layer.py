@@ -188,16 +188,19 @@ class ScoredLinear:
         self.movement = torch.zeros(self.base.shape)
 
 
+def part_names(name: str, module: nn.Module) -> list[str]:
+    """The linear's own name, or those of q, k and v in GPT-2's joint projection."""
+    joint = is_conv1d(module) and name.rpartition(".")[2] == "c_attn" and weight_of(module).shape[0] % 3 == 0
+    return [f"{name}.{part}" for part in "qkv"] if joint else [name]
+
+
 def scored_parts(name: str, module: nn.Module, terms: Terms, generator: torch.Generator) -> list[ScoredLinear]:
-    """A linear as one part, or GPT-2's joint projection as q, k and v, each with ranks and threshold of its own."""
-    height = weight_of(module).shape[0]
-    joint = is_conv1d(module) and name.rpartition(".")[2] == "c_attn" and height % 3 == 0
-    if not joint:
-        return [ScoredLinear(name, module, slice(0, height), terms, generator)]
-    third = height // 3
+    """A linear as one part, or a joint projection as several, each with ranks and threshold of its own."""
+    names = part_names(name, module)
+    height = weight_of(module).shape[0] // len(names)
     return [
-        ScoredLinear(f"{name}.{part}", module, slice(place * third, (place + 1) * third), terms, generator)
-        for place, part in enumerate("qkv")
+        ScoredLinear(part, module, slice(place * height, (place + 1) * height), terms, generator)
+        for place, part in enumerate(names)
     ]
 
 

@@ -10,7 +10,7 @@ Shapes: O out_features, I in_features, G groups of a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +59,8 @@ class Structures:
     pruned: float
 
     @classmethod
-    def of(cls, names: Mapping[str, Any], config: Any, pruned: float) -> Structures:
-        """Finds the blocks among part names (`names` may map them to anything).
+    def of(cls, names: Collection[str], config: Any, pruned: float) -> Structures:
+        """Finds the blocks among the names of the linears' parts.
 
         Raises:
             ValueError: the model's blocks are not of a kind that is known, or part of one is left dense.
@@ -102,7 +102,7 @@ def _by_column(score: Tensor, groups: int) -> Tensor:
     return score.t().reshape(groups, -1)
 
 
-def _blocks(family: Block, names: Mapping[str, Any]) -> Iterator[Block]:
+def _blocks(family: Block, names: Collection[str]) -> Iterator[Block]:
     end = f".{family.query}"
     for prefix in (name.removesuffix(end) for name in names if name.endswith(end)):
         yield Block(

@@ -6,6 +6,8 @@ Should the machine slow down, the plan is shortened (never lengthened), so a run
 schedules complete.
 """
 
+from __future__ import annotations
+
 import logging
 import math
 from dataclasses import asdict, dataclass, field
@@ -21,18 +23,26 @@ _LATE = 1.1
 
 @dataclass(frozen=True)
 class Budget:
-    """Exactly one of tokens or seconds."""
+    """Exactly one of tokens, seconds or passes over all examples."""
 
     tokens: int | None = None
     seconds: float | None = None
+    epochs: float | None = None
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.tokens, self.seconds) if value is not None]
+        given = [value for value in (self.tokens, self.seconds, self.epochs) if value is not None]
         if len(given) != 1 or given[0] <= 0:
             raise ValueError(
-                f"budget of tokens={self.tokens}, seconds={self.seconds} given; give one of them, above 0, "
-                "for example 2Mtok or 10m"
+                f"budget of tokens={self.tokens}, seconds={self.seconds}, epochs={self.epochs} given; give one of "
+                "them, above 0, for example 2Mtok, 10m or 3 epochs"
             )
+
+    def resolved(self, examples: int, tokens: int, batch: int) -> Budget:
+        """With passes over so many examples as tokens, each example counted at its greatest length."""
+        if self.epochs is None:
+            return self
+        steps = max(1, round(self.epochs * examples / batch))
+        return Budget(tokens=steps * batch * tokens)
 
 
 def learning_rate(

@@ -10,11 +10,13 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from compressor.masks import TWO_OF_FOUR, MaskShape
+from compressor.retraining.distribution import distribution
 from compressor.retraining.loop import LoopSettings, Progress, Run, compute_dtype, identity_of, plain_attention
 from compressor.retraining.objective import Objective
 from compressor.retraining.optimizers import AdamSettings, Trained
@@ -70,12 +72,6 @@ class FinetuningReport:
         return self.trained_parameters / self.parameters
 
 
-def epochs_budget(epochs: float, examples: int, tokens: int, batch: int) -> Budget:
-    """The budget of so many passes over all examples, each counted at its greatest length."""
-    steps = max(1, round(epochs * examples / batch))
-    return Budget(tokens=steps * batch * tokens)
-
-
 def finetune(
     model: nn.Module,
     objective: Objective,
@@ -96,14 +92,28 @@ def finetune(
         snap: the packed grid of a linear's values, for loop.quantize_share.
     """
     before = next(model.parameters()).dtype
+    spread = distribution(loop.distribution)
+    if spread.sharded:
+        raise ValueError("fine-tuning for a task is not sharded: give loop.distribution=ddp, or one process")
     snapshots = None
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)
         record = {"loop": asdict(loop), "what": repr(what), "budget": asdict(budget)}
-        snapshots = Snapshots(work_dir / "snapshots", identity_of(model, {}, objective, record), loop.keep_checkpoints)
-    run, trainer = start(model, objective, linears, budget, what, loop=loop, snap=snap)
-    run.snapshots, run.progress = snapshots, progress
-    run.metrics_file = None if work_dir is None else work_dir / "metrics.jsonl"
+        identity = identity_of(model, {}, objective, record)
+        snapshots = Snapshots(work_dir / "snapshots", identity, loop.keep_checkpoints, spread.rank, 1, spread.wait)
+    run, trainer = start(
+        model,
+        objective,
+        linears,
+        budget,
+        what,
+        loop=loop,
+        snap=snap,
+        snapshots=snapshots,
+        metrics_file=None if work_dir is None else work_dir / "metrics.jsonl",
+        progress=progress,
+        distribution=spread,
+    )
     with plain_attention(model, objective.tokens):
         run.train()
     trainer.finish()
@@ -125,8 +135,9 @@ def start(
     *,
     loop: LoopSettings,
     snap: Snap | None = None,
+    **watched: Any,
 ) -> tuple[Run, Pst | FullTraining]:
-    """A run at its first step, and its method."""
+    """A run at its first step, and its method; `watched` are the run's snapshots, progress and the like."""
     dtype = compute_dtype(loop.precision, next(model.parameters()).device)
     model.eval().requires_grad_(False)
     trainer = _trainer(model, linears, what, loop, snap)
@@ -136,7 +147,8 @@ def start(
     for entry in trainer.trained:
         entry.parameter.requires_grad_(True)
     objective.prepare(model, dtype)
-    return Run(model, objective, trainer, loop, Plan(budget, loop.batch * objective.tokens)), trainer
+    budget = budget.resolved(objective.count, objective.tokens, loop.batch)
+    return Run(model, objective, trainer, loop, Plan(budget, loop.batch * objective.tokens), **watched), trainer
 
 
 def _trainer(

@@ -47,9 +47,9 @@ class Task:
     licence: str = "unknown"
 
     @property
-    def outputs(self) -> int:
-        """Outputs of the head."""
-        return len(self.labels) or 1
+    def head_labels(self) -> tuple[str, ...] | None:
+        """The classes of the head to train, none of them for a regression; None where texts are written."""
+        return None if self.kind == "generation" else self.labels
 
     def limited(self, train: int | None, test: int | None, seed: int) -> Task:
         """The task with at most so many examples of each, chosen by the seed."""

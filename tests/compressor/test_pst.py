@@ -29,7 +29,7 @@ from compressor.retraining.rows_and_heads import Structures
 from compressor.retraining.schedules import Budget
 from compressor.retraining.task_methods import METHODS
 from compressor.retraining.task_objectives import LabelledSentences, WrittenAnswers
-from compressor.retraining.task_training import TaskRun, epochs_budget, finetune, sizes, start
+from compressor.retraining.task_training import TaskRun, finetune, sizes, start
 from compressor.tasks.encoding import Answers, Labelled
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -333,7 +333,7 @@ def test_the_schedule_is_cubic() -> None:
 
 @pytest.mark.parametrize(("ranks", "share"), [(4, 0.0136), (8, 0.0258)])
 def test_trainable_share_of_bert_base(ranks: int, share: float) -> None:
-    """The paper's 1.5 % at ranks 4 (biases, norms and embeddings counted in the whole) on real modules without weights."""
+    """The paper's 1.5 % at ranks 4, of all parameters, counted on real modules without weights."""
     with torch.device("meta"):
         model = BertForSequenceClassification(BertConfig())
     linears, terms = block_linears(model), PstSettings(weight_rank=ranks, score_rank=ranks).terms
@@ -347,7 +347,7 @@ def test_heads_and_neurons_fall_as_wholes(build: Any) -> None:
     model = build()
     names = [part.name for name, module in block_linears(model).items()
              for part in scored_parts(name, module, PstSettings(1, 1).terms, torch.Generator())]  # fmt: skip
-    structures = Structures.of(dict.fromkeys(names), model.config, 0.5)
+    structures = Structures.of(names, model.config, 0.5)
     model, report = run(build, pattern="50%", structures=structures)
     masks = {name: part.mask for name, part in report.trainer.parts.items()}
     groups = 2 if build is llama else 4
@@ -379,7 +379,7 @@ def test_a_dropped_neuron_may_be_cut_out() -> None:
 
 def test_an_unknown_block_is_refused_for_rows_and_heads() -> None:
     with pytest.raises(ValueError, match="built like BERT, GPT-2 and Llama"):
-        Structures.of({"a.b": None}, bert().config, 0.5)
+        Structures.of(["a.b"], bert().config, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -399,4 +399,4 @@ def test_settings_that_cannot_be(wrong: dict[str, Any], why: str) -> None:
 
 
 def test_epochs_are_steps() -> None:
-    assert epochs_budget(3, 100, 64, 16).tokens == 19 * 16 * 64
+    assert Budget(epochs=3).resolved(100, 64, 16).tokens == 19 * 16 * 64

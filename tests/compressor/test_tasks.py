@@ -58,7 +58,7 @@ def test_stsb_is_a_regression_with_pearson(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, records)))
     task = load_task("stsb", TaskSource(str(tmp_path)))
-    assert task.kind == "regression" and task.outputs == 1 and task.metrics == ("pearson", "spearman")
+    assert task.kind == "regression" and task.head_labels == () and task.metrics == ("pearson", "spearman")
     assert task.test[3].label == 0.375
 
 
