@@ -17,6 +17,7 @@ BENCHMARKS = {
         "benchmarks.retraining",
         "retraining methods at equal tokens: published, CAST, ours; ablation; cost",
     ),
+    "pst": ("benchmarks.pst", "PST against dense, magnitude and movement fine-tuning; its cost; its score"),
     "kernels": ("benchmarks.kernels", "time and bandwidth of each kernel, per shape and batch, against dense"),
     "throughput": ("benchmarks.throughput", "one stream: prefill and decode against llama.cpp and dense bf16"),
     "serving": ("benchmarks.serving", "many streams over HTTP against other servers; start and memory"),

@@ -88,14 +88,14 @@ def test_recipes_budgets_and_entries_are_accepted(command: str) -> None:
     if "--budget" in given:
         parse_budget(given["--budget"])
     for entry in (after for flag, after in itertools.pairwise(words) if flag == "--set"):
-        section, _, key = entry.partition("=")[0].partition(".")
+        section, key = entry.partition("=")[0].split(".")[:2]
         kind = Recipe.model_fields[section].annotation
         inner = [kind, *get_args(kind)]
         assert any(key in one.model_fields for one in inner if isinstance(one, type) and issubclass(one, BaseModel))
 
 
 def test_files_that_are_named_exist() -> None:
-    links = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
+    links = [target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
     paths = re.findall(r"`((?:compressor|serve|benchmarks|docs|tests)/[\w./-]+)`", README)
     assert links and paths
     missing = [name for name in [*links, *paths] if name != EXAMPLE and not (ROOT / name).exists()]

@@ -1,0 +1,236 @@
+"""`python -m benchmarks pst`: PST beside what it is compared with, on tasks that any machine can have.
+
+Sentence classification (`rotten-tomatoes`, 3.7k test sentences) on the MiniLM encoder, and with --generation writing
+sentences (`story-words`) with SmolLM2-135M. A row is one method, mask shape and seed; rows that the record holds are
+not made again. Intervals are paired: a bootstrap over seeds and test sentences of the difference of right answers.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from benchmarks.pst_arms import PATTERNS, PstArm, arms
+from benchmarks.record import make_record, parser, read_record, write_record
+
+_DRAWS = 10_000
+_QUICK_EXAMPLES = 256
+
+
+def main(argv: Sequence[str]) -> int:
+    """Makes and measures what is missing, prints a table, writes the record."""
+    flags = parser("pst", __doc__.splitlines()[0])
+    flags.add_argument("--encoder", default="pypi:all-minilm-l6-v2", help="BERT-like encoder (default: %(default)s)")
+    flags.add_argument("--model", default="pypi:smollm2-135m-instruct", help="language model (default: %(default)s)")
+    flags.add_argument("--patterns", default=",".join(PATTERNS), help="mask shapes (default: %(default)s)")
+    flags.add_argument("--seeds", type=int, default=3, help="runs of each arm (default: %(default)s)")
+    flags.add_argument("--examples", type=int, default=4000, help="sentences to train on (default: %(default)s)")
+    flags.add_argument("--epochs", type=float, default=3.0, help="passes over them (default: %(default)s)")
+    flags.add_argument("--ablation", action="store_true", help="the score without its learned terms, too")
+    flags.add_argument("--correlation", action="store_true", help="the learned score against the true one")
+    flags.add_argument("--cost", action="store_true", help="memory and time of a step at BERT-base's size")
+    flags.add_argument("--generation", action="store_true", help="SmolLM2 writing sentences: dense, movement, PST")
+    flags.add_argument("--writings", type=int, default=200, help="sentences to write (default: %(default)s)")
+    flags.add_argument("--minutes", type=float, default=math.inf, help="start no further row after so long")
+    options = flags.parse_args(list(argv))
+    if options.quick:
+        options.examples, options.epochs, options.seeds = _QUICK_EXAMPLES, 1.0, 1
+    rows = _recorded(options.json)
+    for make in _wanted(options, {row["arm"] for row in rows}):
+        if (time.monotonic() - _STARTED) / 60 > options.minutes:
+            print("out of time: the same command goes on with the rows that are missing")
+            break
+        rows.append(make())
+        print(_sentence(rows[-1]), flush=True)
+        _write(options, argv, rows)
+    _write(options, argv, rows)
+    _print(rows)
+    for key, value in headline(rows).items():
+        print(f"{key:34} {value:.4f}")
+    return 0
+
+
+_STARTED = time.monotonic()
+
+
+def _recorded(file: Path | None) -> list[dict[str, Any]]:
+    return read_record(file, "pst")["rows"] if file and file.is_file() else []
+
+
+def _write(options: Any, argv: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """Writes the record; rows that another run of this benchmark has added meanwhile stay."""
+    if options.json:
+        rows += [row for row in _recorded(options.json) if row["arm"] not in {own["arm"] for own in rows}]
+        settings = {"examples": options.examples, "epochs": options.epochs}
+        write_record(options.json, make_record("pst", argv, rows, headline(rows), settings=settings))
+
+
+def _wanted(options: Any, known: set[str]) -> list[Any]:
+    """What is to be made, as functions that return rows."""
+    from benchmarks.pst_cost import cost_row
+
+    bench = Bench(options)
+    makers: list[Any] = []
+    for arm in arms(tuple(options.patterns.split(",")), options.seeds, ablation=options.ablation):
+        if arm.label not in known:
+            makers.append(lambda arm=arm: bench.classify(arm))
+    if options.generation:
+        for method in ("dense", "movement", "pst"):
+            arm = PstArm(method, "none" if method == "dense" else "2:4", 0)
+            if f"writing: {arm.label}" not in known:
+                makers.append(lambda arm=arm: bench.write(arm))
+    if options.correlation and "correlation" not in known:
+        makers.append(bench.correlation)
+    if options.cost and "cost" not in known:
+        makers.append(cost_row)
+    return makers
+
+
+class Bench:
+    """Encoder, language model and tasks, each loaded when it is needed."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def _prepared(self, model: str, task: str, test: int | None) -> tuple[Path, Any, Any]:
+        from compressor.models import fetch_model, load_tokenizer
+        from compressor.tasks import load_task
+
+        folder = fetch_model(model)
+        return folder, load_tokenizer(folder), load_task(task).limited(self.options.examples, test, 0)
+
+    def classify(self, arm: PstArm) -> dict[str, Any]:
+        """Accuracy on the test sentences."""
+        from benchmarks.pst_arms import LENGTH, train_classifier
+        from compressor.tasks.encoding import encode_labelled
+        from compressor.tasks.evaluation import predict
+
+        folder, tokenizer, task = self._prepared(
+            self.options.encoder, "rotten-tomatoes", _QUICK_EXAMPLES if self.options.quick else None
+        )
+        model, cost = train_classifier(folder, tokenizer, task, arm, self.options.epochs)
+        encoded = encode_labelled(tokenizer, task.test, LENGTH, regression=False)
+        right = np.array(predict(model, encoded)) == encoded.labels.numpy()
+        return {
+            "arm": arm.label, "method": arm.method, "pattern": arm.pattern, "seed": arm.seed,
+            "accuracy": float(right.mean()), "test_examples": len(right), **cost,
+            "right": np.packbits(right).tobytes().hex(),
+        }  # fmt: skip
+
+    def write(self, arm: PstArm) -> dict[str, Any]:
+        """BLEU and ROUGE-L of what the model writes, by beam search."""
+        from benchmarks.pst_arms import LENGTH, train_writer
+        from compressor.tasks.evaluation import evaluate
+
+        options = self.options
+        count = min(options.examples, 2000)
+        folder, tokenizer, task = self._prepared(options.model, "story-words", options.writings)
+        task = task.limited(count, None, 0)
+        model, cost = train_writer(folder, tokenizer, task, arm, 1.0)
+        found = evaluate(model, tokenizer, task, task.test, length=LENGTH)
+        return {
+            "arm": f"writing: {arm.label}", "kind": "writing", "method": arm.method, "pattern": arm.pattern,
+            "train_examples": count, "test_examples": len(task.test), **found, **cost,
+        }  # fmt: skip
+
+    def correlation(self) -> dict[str, Any]:
+        """Of the learned score with the true one."""
+        from benchmarks.pst_arms import score_correlations
+
+        prepared = self._prepared(self.options.encoder, "rotten-tomatoes", None)
+        found = score_correlations(*prepared, self.options.epochs)
+        return {
+            "arm": "correlation", "kind": "cost", "by_layer": found, "figures": {"score_rank_correlation": fmean(found)}
+        }  # fmt: skip
+
+
+def paired_interval(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """Mean difference of accuracy in points, and its 95 % interval by a bootstrap over seeds and examples.
+
+    Args:
+        a, b: right answers [N] of each seed, of the same seeds and examples.
+    """
+    difference = np.stack(a).astype(np.float32) - np.stack(b).astype(np.float32)
+    seeds, examples = difference.shape
+    random = np.random.default_rng(0)
+    means = np.empty(_DRAWS)
+    for draw in range(_DRAWS):
+        chosen = difference[random.integers(0, seeds, seeds)].mean(0)
+        means[draw] = chosen[random.integers(0, examples, examples)].mean()
+    low, high = np.quantile(means, (0.025, 0.975))
+    return 100 * float(difference.mean()), 100 * float(low), 100 * float(high)
+
+
+def _right(rows: Sequence[Mapping[str, Any]], method: str, pattern: str) -> dict[int, np.ndarray]:
+    return {
+        row["seed"]: np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8))[: row["test_examples"]]
+        for row in rows
+        if row.get("method") == method and row.get("pattern") == pattern and "right" in row
+    }
+
+
+def comparison(
+    rows: Sequence[Mapping[str, Any]], method: str, other: str, pattern: str
+) -> tuple[float, float, float] | None:
+    """Points of accuracy that `method` has over `other` at a mask shape, over the seeds that both have."""
+    ours = _right(rows, method, pattern)
+    theirs = _right(rows, other, "none" if other == "dense" else pattern)
+    seeds = sorted(ours.keys() & theirs.keys())
+    return paired_interval([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]) if seeds else None
+
+
+def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """PST over movement at its worst mask shape, over dense at 2:4, and what it costs."""
+    result: dict[str, float] = {}
+    found = [points for pattern in PATTERNS if (points := comparison(rows, "pst", "movement", pattern))]
+    if found:
+        result["pst_vs_movement_accuracy_points"] = min(points[0] for points in found)
+    if dense := comparison(rows, "pst", "dense", "2:4"):
+        result["pst24_vs_dense_accuracy_points"] = dense[0]
+    trained = {row["method"]: row["trained_parameters"] for row in rows if row.get("method") in ("pst", "movement")}
+    if len(trained) == 2:
+        result["trained_parameters_vs_movement"] = trained["pst"] / trained["movement"]
+    state = {row["method"]: row["optimizer_bytes"] for row in rows if row.get("method") in ("pst", "movement")}
+    if len(state) == 2:
+        result["optimizer_bytes_vs_movement"] = state["pst"] / state["movement"]
+    for row in rows:
+        result |= row.get("figures", {})
+    return result
+
+
+def _sentence(row: Mapping[str, Any]) -> str:
+    if "accuracy" in row:
+        return f"{row['arm']}: accuracy {row['accuracy']:.4f}, {row['trained_parameters']:,} parameters trained"
+    if "figures" in row:
+        return f"{row['arm']}: " + ", ".join(f"{key} {value:.4f}" for key, value in row["figures"].items())
+    return f"{row['arm']}: BLEU {row['bleu']:.2f}, ROUGE-L {row['rouge_l']:.4f}"
+
+
+def _print(rows: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "mask", "seeds", "accuracy", "PST's points over it (95 %)", "trained", "optimiser MB")
+    groups = dict.fromkeys((row["method"], row["pattern"]) for row in rows if "right" in row)
+    for method, pattern in groups:
+        chosen = [row for row in rows if row.get("method") == method and row.get("pattern") == pattern]
+        chosen = [row for row in chosen if "right" in row]
+        values = [row["accuracy"] for row in chosen]
+        spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
+        points = comparison(rows, "pst", method, "2:4" if pattern == "none" else pattern) if method != "pst" else None
+        table.add_row(
+            method, pattern, str(len(values)), f"{fmean(values):.4f}{spread}",
+            f"{points[0]:+.2f} ({points[1]:+.2f} to {points[2]:+.2f})" if points else "",
+            f"{chosen[0]['trained_parameters']:,}", f"{chosen[0]['optimizer_bytes'] / 1e6:.1f}",
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    for row in rows:
+        if row.get("kind") == "writing":
+            print(_sentence(row))
