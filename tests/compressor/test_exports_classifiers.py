@@ -173,13 +173,28 @@ def test_the_onnx_graph_computes_what_transformers_does(name: str, kind: str, cl
     for module, values in packed_values(folder).items():
         rounded = values.bfloat16().float() if name in ("sparse bf16", "fp8") else values
         model.get_submodule(module).weight.data = rounded
-    for left in (False, True):
-        feeds = feeds_of(kind, left=left)
+    padded = feeds_of(kind)
+    attended = padded | {"attention_mask": np.ones_like(padded["attention_mask"])}
+    for feeds in (padded, feeds_of(kind, left=True), attended):
         found = run_onnx(tmp_path / "onnx", feeds)["logits"]
         wanted = by_transformers(model, feeds).logits.numpy()
         assert found.shape == (len(SENTENCES), 3)
         assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
         assert np.abs(wanted - wanted[0]).max() > 0.1  # the head does see the sentences
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["sparse int4", "int8 rows"])
+def test_onnxruntime_computes_what_the_reference_does(name: str, kind: str, classifier: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="a peer: pip install onnxruntime")
+    scheme = SCHEMES[name]
+    assert scheme is not None
+    export_checkpoint(pack(classifier, tmp_path / "packed", scheme, Scheme("int8", -1)), "onnx", tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    feeds = feeds_of(kind)
+    (found,) = session.run(["logits"], feeds)
+    wanted = run_onnx(tmp_path / "onnx", feeds)["logits"]
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
 def test_padding_changes_nothing(kind: str, sparse_int4: Path, tmp_path: Path) -> None:
