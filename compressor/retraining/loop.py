@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int, Mapping[str, float]], None]
 PRECISIONS = ("auto", "fp32", "bf16")
 
+# Batches that are sorted by length together.
+_POOL = 32
 # Up to this many tokens in a block, plain attention is faster on a CPU than the fused kernel, whose backward is slow.
 _SHORT_BLOCK = 512
 
@@ -155,6 +157,7 @@ class Run:
     trained_tokens: int = 0
     last: dict[str, float] = field(default_factory=dict)
     guard: Guard = field(init=False)
+    _orders: dict[int, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         record = None if self.snapshots is None else self.snapshots.folder / "rollbacks.json"
@@ -269,7 +272,15 @@ class Run:
         return torch.stack([orders[place // count][place % count] for place in places])
 
     def _order(self, epoch: int, count: int) -> Tensor:
-        return torch.randperm(count, generator=torch.Generator().manual_seed(self.settings.seed * 100_003 + epoch))
+        if epoch not in self._orders:
+            self._orders = {epoch: self._new_order(epoch, count)}
+        return self._orders[epoch]
+
+    def _new_order(self, epoch: int, count: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.settings.seed * 100_003 + epoch)
+        order = torch.randperm(count, generator=generator)
+        lengths = self.objective.lengths
+        return order if lengths is None else by_length(order, torch.tensor(lengths), self.settings.batch, generator)
 
     def _state(self) -> dict[str, Tensor]:
         return {name: tensor for entry in self.method.trained for name, tensor in entry.state().items()}
@@ -302,6 +313,19 @@ class Run:
         for name, value in manifest["plan"].items():
             setattr(self.plan, name, value)
         log.info("going on from step %d of %d", self.step, self.plan.total)
+
+
+def by_length(order: Tensor, lengths: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """An order in which the examples of a batch are about as long: pools of many batches, each sorted, then its batches
+    shuffled. So little is padded, and which examples meet still changes from pass to pass.
+    """
+    batches: list[Tensor] = []
+    for pool in order.split(batch * _POOL):
+        *found, last = pool[lengths[pool].argsort(stable=True)].split(batch)
+        whole = [*found, last] if len(last) == batch else found
+        batches += [whole[place] for place in torch.randperm(len(whole), generator=generator)]
+    rest = [] if len(last) == batch else [last]  # of the last pool: a short batch inside would shift those after it
+    return torch.cat([*batches, *rest])
 
 
 def _cut_metrics(file: Path | None, steps: int) -> None:

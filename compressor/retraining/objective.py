@@ -4,7 +4,7 @@ The loop draws examples by number and asks for gradients; whether they are block
 or labelled sentences is the objective's. A new objective is one class with these members.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -22,6 +22,11 @@ class Objective(Protocol):
     @property
     def tokens(self) -> int:
         """Tokens of one example (the most it may have), which budgets count."""
+        ...
+
+    @property
+    def lengths(self) -> Sequence[int] | None:
+        """Tokens of each example, so that those of like length are batched together; None where all are alike."""
         ...
 
     def identity(self) -> Iterable[Tensor]:

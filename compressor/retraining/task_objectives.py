@@ -33,6 +33,10 @@ class LabelledSentences:
     def tokens(self) -> int:
         return self.encoded.length
 
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row) for row in self.encoded.ids]
+
     def identity(self) -> Iterable[Tensor]:
         return (*_ragged(self.encoded.ids), self.encoded.labels)
 
@@ -69,6 +73,10 @@ class WrittenAnswers:
     @property
     def tokens(self) -> int:
         return self.encoded.length
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(start) + len(end) for start, end in zip(self.encoded.prompts, self.encoded.targets, strict=True)]
 
     def identity(self) -> Iterable[Tensor]:
         return (*_ragged(self.encoded.prompts), *_ragged(self.encoded.targets))

@@ -21,7 +21,7 @@ from transformers import (
 from compressor.calibration import weight_of
 from compressor.masks import MaskShape, check_n_m
 from compressor.models import block_linears
-from compressor.retraining.loop import LoopSettings
+from compressor.retraining.loop import LoopSettings, by_length
 from compressor.retraining.pst import Pst, PstSettings, growing_mask
 from compressor.retraining.pst_layer import TERMS, ScoredLinear, Terms, cubic, scored_parts
 from compressor.retraining.rollback import DivergedError
@@ -400,3 +400,15 @@ def test_settings_that_cannot_be(wrong: dict[str, Any], why: str) -> None:
 
 def test_epochs_are_steps() -> None:
     assert Budget(epochs=3).resolved(100, 64, 16).tokens == 19 * 16 * 64
+
+
+def test_batches_hold_examples_of_like_length_and_each_once() -> None:
+    lengths = torch.randint(5, 60, (333,), generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(333, generator=torch.Generator().manual_seed(2))
+    found = by_length(order, lengths, 16, torch.Generator().manual_seed(3))
+    assert sorted(found.tolist()) == list(range(333))
+    widths = [int(lengths[batch].max() - lengths[batch].min()) for batch in found.split(16)]
+    assert max(widths) < 12
+    means = [float(lengths[batch].float().mean()) for batch in found.split(16)]
+    assert means != sorted(means), "batches are shuffled"
+    assert by_length(order, lengths, 16, torch.Generator().manual_seed(4)).tolist() != found.tolist()
