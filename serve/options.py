@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,17 @@ class ServeOptions:
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.folder.resolve().name
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the folder's model classifies or embeds texts instead of writing them, as its config.json says."""
+        try:
+            config = json.loads((self.folder / "config.json").read_text("utf-8"))
+            [architecture, *_] = config["architectures"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # whoever loads the folder says what is wrong with it
+        name = str(architecture)
+        return name.endswith("ForSequenceClassification") or (name.endswith("Model") and "LMHead" not in name)
 
     @property
     def loopback(self) -> bool:

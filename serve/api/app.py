@@ -19,10 +19,13 @@ from starlette.requests import Request
 from serve.api import schema
 from serve.api.chat import ChatCompletion, render
 from serve.api.completions import Completion
+from serve.api.encoder_schema import ClassificationRequest, EmbeddingRequest
+from serve.api.encoders import add_classify_route, add_embeddings_route
 from serve.api.errors import APIError, bad_request, error_body, unavailable
 from serve.api.metrics import CONTENT_TYPE
+from serve.api.openapi import EVERYWHERE, describe_requests, errors, takes
 from serve.api.parsing import read_body
-from serve.api.state import GRAMMAR, ClientGoneError, ServerState
+from serve.api.state import GRAMMAR, ClientGoneError, EncoderState, ServedModel, ServerState
 from serve.api.streaming import EventStream
 from serve.engine.async_engine import EngineDeadError
 from serve.engine.async_engine import Request as EngineRequest
@@ -30,7 +33,8 @@ from serve.engine.grammar import GrammarError
 
 logger = logging.getLogger(__name__)
 
-PAGE = Path(__file__).with_name("page.html")
+CHAT_PAGE = Path(__file__).with_name("page.html")
+ENCODER_PAGE = Path(__file__).with_name("encoder_page.html")
 
 
 class Generation(Protocol):
@@ -48,33 +52,36 @@ def package_version() -> str:
         return "0.0.0"
 
 
-def build_app(state: ServerState) -> FastAPI:
+def build_app(state: ServedModel) -> FastAPI:
     app = FastAPI(title="halfweight", version=package_version(), docs_url=None, redoc_url=None)
     app.state.server = state
     _add_error_handlers(app)
     _add_status_routes(app, state)
     _add_model_routes(app, state)
-    _add_generation_routes(app, state)
     _add_token_routes(app, state)
+    own = _add_task_routes(app, state)
+    describe_requests(app, (schema.TokenizeRequest, schema.DetokenizeRequest, *own), state.vocab_size)
     return app
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": schema.ErrorResponse} for status in statuses}
-
-
-EVERYWHERE = (400, 401, 408, 413, 415, 429, 500, 503, 504)
-
-
-def _takes(kind: type[BaseModel], streams: bool = False) -> dict[str, Any]:
-    """How a route that parses its body itself describes it in the OpenAPI document."""
-    name = kind.__name__
-    body = {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
-    extra: dict[str, Any] = {"requestBody": body}
-    if streams:
-        # Without a schema: OpenAPI 3.1 has no words for what a stream's events are.
-        extra["responses"] = {"200": {"content": {"text/event-stream": {}}}}
-    return extra
+def _add_task_routes(app: FastAPI, state: ServedModel) -> tuple[type[BaseModel], ...]:
+    """The routes of what the model does, and refusals of the others; returns the requests that they take."""
+    if isinstance(state, ServerState):
+        _add_generation_routes(app, state)
+        _refuse(app, "this server has a generating model, which gives no embeddings", "/v1/embeddings")
+        _refuse(app, "this server has a generating model, which has no classes", "/classify")
+        return schema.CompletionRequest, schema.ChatCompletionRequest
+    assert isinstance(state, EncoderState)
+    generating = ("/v1/completions", "/v1/chat/completions")
+    if state.engine.engine.classifies:
+        add_classify_route(app, state)
+        _refuse(app, "this server has a classifier, which writes no text; use /classify", *generating)
+        _refuse(app, "this server has a classifier, which gives no embeddings; use /classify", "/v1/embeddings")
+        return (ClassificationRequest,)
+    add_embeddings_route(app, state)
+    _refuse(app, "this server has an encoder, which writes no text; use /v1/embeddings", *generating)
+    _refuse(app, "this server has an encoder without classes; use /v1/embeddings", "/classify")
+    return (EmbeddingRequest,)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -113,37 +120,38 @@ def _add_error_handlers(app: FastAPI) -> None:
         )
 
 
-def _add_status_routes(app: FastAPI, state: ServerState) -> None:
+def _add_status_routes(app: FastAPI, state: ServedModel) -> None:
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> Response:
-        return HTMLResponse(PAGE.read_text("utf-8"))
+        return HTMLResponse((ENCODER_PAGE if isinstance(state, EncoderState) else CHAT_PAGE).read_text("utf-8"))
 
-    @app.get("/health", response_model=schema.StatusResponse, responses=_errors(503))
+    @app.get("/health", response_model=schema.StatusResponse, responses=errors(503))
     async def health() -> Response:
         """Whether the server is alive."""
         if not state.engine.alive:
             raise unavailable("the engine has failed; restart the server", "engine_dead")
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready", response_model=schema.StatusResponse, responses=_errors(401, 503))
+    @app.get("/ready", response_model=schema.StatusResponse, responses=errors(401, 503))
     async def ready() -> Response:
         """Whether the server takes new work."""
         if not (state.ready and state.engine.alive):
             raise unavailable("the server takes no new work", "not_ready")
         return JSONResponse({"status": "ready"})
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=_errors(401))
+    @app.get("/metrics", response_class=PlainTextResponse, responses=errors(401))
     async def metrics() -> Response:
         return Response(state.metrics.render(), media_type=CONTENT_TYPE)
 
-    @app.get("/version", response_model=schema.VersionResponse, responses=_errors(401))
+    @app.get("/version", response_model=schema.VersionResponse, responses=errors(401))
     async def version_() -> Response:
         return JSONResponse({"version": package_version()})
 
 
-def _add_model_routes(app: FastAPI, state: ServerState) -> None:
+def _add_model_routes(app: FastAPI, state: ServedModel) -> None:
     def card() -> dict[str, Any]:
-        return {
+        labels = state.engine.engine.labels if isinstance(state, EncoderState) else None
+        return ({} if labels is None else {"labels": list(labels)}) | {
             "id": state.model_name,
             "object": "model",
             "created": state.created,
@@ -152,11 +160,11 @@ def _add_model_routes(app: FastAPI, state: ServerState) -> None:
             "max_model_len": state.max_model_len,
         }
 
-    @app.get("/v1/models", response_model=schema.ModelList, responses=_errors(401, 503))
+    @app.get("/v1/models", response_model=schema.ModelList, responses=errors(401, 503))
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [card()]})
 
-    @app.get("/v1/models/{model_id:path}", response_model=schema.ModelCard, responses=_errors(401, 404, 503))
+    @app.get("/v1/models/{model_id:path}", response_model=schema.ModelCard, responses=errors(401, 404, 503))
     async def model(model_id: str) -> Response:
         state.check_model(model_id)
         return JSONResponse(card())
@@ -166,8 +174,8 @@ def _add_generation_routes(app: FastAPI, state: ServerState) -> None:
     @app.post(
         "/v1/completions",
         response_model=schema.CompletionResponse,
-        responses=_errors(*EVERYWHERE, 404),
-        openapi_extra=_takes(schema.CompletionRequest, streams=True),
+        responses=errors(*EVERYWHERE, 404),
+        openapi_extra=takes(schema.CompletionRequest, streams=True),
     )
     async def completions(request: Request) -> Response:
         body = await read_body(request, schema.CompletionRequest)
@@ -176,46 +184,22 @@ def _add_generation_routes(app: FastAPI, state: ServerState) -> None:
     @app.post(
         "/v1/chat/completions",
         response_model=schema.ChatCompletionResponse,
-        responses=_errors(*EVERYWHERE, 404),
-        openapi_extra=_takes(schema.ChatCompletionRequest, streams=True),
+        responses=errors(*EVERYWHERE, 404),
+        openapi_extra=takes(schema.ChatCompletionRequest, streams=True),
     )
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, schema.ChatCompletionRequest)
         return await _generate(state, request, ChatCompletion(state, body), bool(body.stream))
 
-    @app.post("/v1/embeddings", responses=_errors(401, 404, 503))
-    async def embeddings() -> Response:
-        raise APIError(404, "this server has a generating model, which gives no embeddings", code="not_supported")
 
-    original = app.openapi
+def _refuse(app: FastAPI, message: str, *paths: str) -> None:
+    """Answer routes of another kind of model by saying so; they are not in the OpenAPI document."""
 
-    def openapi() -> dict[str, Any]:
-        document = original()
-        schemas = document["components"]["schemas"]
-        for kind in REQUESTS:
-            definition = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(definition.pop("$defs", {}))
-            schemas[kind.__name__] = definition
-        _bound_token_ids(schemas, state.engine.engine.loaded.config.vocab_size)
-        return document
+    async def refused() -> Response:
+        raise APIError(404, message, code="not_supported")
 
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _bound_token_ids(part: Any, vocab_size: int) -> None:
-    """Write the model's vocabulary into the served document."""
-    if isinstance(part, dict) and part.get("format") == schema.TOKEN_ID:
-        part["maximum"] = vocab_size - 1
-    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
-        _bound_token_ids(inner, vocab_size)
-
-
-REQUESTS: tuple[type[BaseModel], ...] = (
-    schema.CompletionRequest,
-    schema.ChatCompletionRequest,
-    schema.TokenizeRequest,
-    schema.DetokenizeRequest,
-)
+    for path in paths:
+        app.add_api_route(path, refused, methods=["POST"], include_in_schema=False)
 
 
 async def _generate(state: ServerState, http: Request, generation: Generation, stream: bool) -> Response:
@@ -229,12 +213,12 @@ async def _generate(state: ServerState, http: Request, generation: Generation, s
     return Response(to_json(answer), media_type="application/json")
 
 
-def _add_token_routes(app: FastAPI, state: ServerState) -> None:
+def _add_token_routes(app: FastAPI, state: ServedModel) -> None:
     @app.post(
         "/tokenize",
         response_model=schema.TokenizeResponse,
-        responses=_errors(*EVERYWHERE, 404),
-        openapi_extra=_takes(schema.TokenizeRequest),
+        responses=errors(*EVERYWHERE, 404),
+        openapi_extra=takes(schema.TokenizeRequest),
     )
     async def tokenize(request: Request) -> Response:
         body = await read_body(request, schema.TokenizeRequest)
@@ -252,13 +236,13 @@ def _add_token_routes(app: FastAPI, state: ServerState) -> None:
     @app.post(
         "/detokenize",
         response_model=schema.DetokenizeResponse,
-        responses=_errors(*EVERYWHERE, 404),
-        openapi_extra=_takes(schema.DetokenizeRequest),
+        responses=errors(*EVERYWHERE, 404),
+        openapi_extra=takes(schema.DetokenizeRequest),
     )
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, schema.DetokenizeRequest)
         state.check_model(body.model)
-        vocab = state.engine.engine.loaded.config.vocab_size
+        vocab = state.vocab_size
         if any(token >= vocab for token in body.tokens):
             raise bad_request(f"token ids must be below {vocab}, the size of the vocabulary", param="tokens")
         return JSONResponse({"prompt": state.tokenizer.decode(body.tokens, skip_special_tokens=False)})

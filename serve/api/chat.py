@@ -11,7 +11,7 @@ from typing import Any
 from serve.api.completions import Answer, Json, finite, usage
 from serve.api.errors import bad_request
 from serve.api.schema import ChatCompletionRequest
-from serve.api.state import ServerState, new_id
+from serve.api.state import ServedModel, ServerState, new_id
 from serve.engine.async_engine import Request
 from serve.engine.llm_engine import StepOutput
 from serve.engine.sampling_params import SamplingParams
@@ -106,7 +106,7 @@ class ChatCompletion:
         return {"content": [_token(self.state.tokenizer, one) for one in found if one is not None], "refusal": None}
 
 
-async def render(state: ServerState, messages: list[Json], **variables: Any) -> str:
+async def render(state: ServedModel, messages: list[Json], **variables: Any) -> str:
     """The conversation as text; a long one in a worker thread, since the checkpoint's template may be slow."""
     size = sum(len(message["content"]) for message in messages)
     if size > state.max_model_len * state.tokenizer.longest_token:

@@ -7,11 +7,15 @@ from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
+from serve.engine.async_encoder import AsyncEncoder, Job
 from serve.engine.async_engine import AsyncEngine, Request
 from serve.engine.llm_engine import StepOutput
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Value = tuple[str, str, str, float]
+"""Name, kind, what it is, and the value."""
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Histogram:
 class Metrics:
     def __init__(self, engine: AsyncEngine, model_name: str) -> None:
         self._engine = engine
-        self._labels = f'model_name="{_escaped(model_name)}"'
+        self._labels = _labels(model_name)
         self._finished: Counter[str] = Counter()
         self._latest: dict[int, float] = {}
         self.time_to_first_token = Histogram()
@@ -69,7 +73,7 @@ class Metrics:
     def render(self) -> str:
         engine, stats = self._engine.engine, self._engine.engine.stats
         blocks = engine.blocks
-        values: list[tuple[str, str, str, float]] = [
+        values: list[Value] = [
             ("vllm:num_requests_running", "gauge", "Sequences being computed.", self._engine.num_running),
             ("vllm:num_requests_waiting", "gauge", "Sequences waiting.", self._engine.num_waiting),
             ("vllm:kv_cache_usage_perc", "gauge", "Share of KV blocks in use.", blocks.num_used / blocks.num_blocks),
@@ -84,24 +88,62 @@ class Metrics:
             ("halfweight:kv_blocks_used", "gauge", "KV blocks in use.", blocks.num_used),
             ("halfweight:weight_bytes", "gauge", "Bytes of weights in memory.", engine.weight_bytes),
         ]
-        lines: list[str] = []
-        for name, kind, text, value in values:
-            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name}{{{self._labels}}} {value}"]
-        lines += self._finished_lines()
-        for name, histogram in (
-            ("vllm:time_to_first_token_seconds", self.time_to_first_token),
-            ("vllm:inter_token_latency_seconds", self.inter_token_latency),
-            ("vllm:e2e_request_latency_seconds", self.request_latency),
-        ):
-            lines += [f"# TYPE {name} histogram", *histogram.lines(name, self._labels)]
-        return "\n".join(lines) + "\n"
+        histograms = {
+            "vllm:time_to_first_token_seconds": self.time_to_first_token,
+            "vllm:inter_token_latency_seconds": self.inter_token_latency,
+            "vllm:e2e_request_latency_seconds": self.request_latency,
+        }
+        return _text(self._labels, values, self._finished, ("stop", "length", "abort"), histograms)
 
-    def _finished_lines(self) -> list[str]:
-        name = "vllm:request_success_total"
-        return [f"# HELP {name} Answers by how they ended.", f"# TYPE {name} counter"] + [
-            f'{name}{{{self._labels},finished_reason="{reason}"}} {self._finished[reason]}'
-            for reason in ("stop", "length", "abort")
+
+class EncoderMetrics:
+    """Of a server whose model answers whole: a class, or a vector."""
+
+    def __init__(self, engine: AsyncEncoder, model_name: str) -> None:
+        self._engine = engine
+        self._labels = _labels(model_name)
+        self._finished: Counter[str] = Counter()
+        self.request_latency = Histogram()
+
+    def observe(self, job: Job, finish_reason: str) -> None:
+        self._finished[finish_reason] += 1
+        if finish_reason == "stop":
+            self.request_latency.observe(time.perf_counter() - job.arrival)
+
+    def render(self) -> str:
+        engine, stats = self._engine.engine, self._engine.stats
+        values: list[Value] = [
+            ("vllm:num_requests_running", "gauge", "Sequences being computed.", self._engine.num_running),
+            ("vllm:num_requests_waiting", "gauge", "Sequences waiting.", self._engine.num_waiting),
+            ("vllm:prompt_tokens_total", "counter", "Prompt tokens computed.", stats.prompt_tokens),
+            ("halfweight:computed_tokens_total", "counter", "Tokens computed with padding.", stats.computed_tokens),
+            ("halfweight:engine_steps_total", "counter", "Batches computed.", stats.steps),
+            ("halfweight:weight_bytes", "gauge", "Bytes of weights in memory.", engine.weight_bytes),
         ]
+        histograms = {"vllm:e2e_request_latency_seconds": self.request_latency}
+        return _text(self._labels, values, self._finished, ("stop", "abort"), histograms)
+
+
+def _text(
+    labels: str,
+    values: list[Value],
+    finished: Counter[str],
+    reasons: tuple[str, ...],
+    histograms: dict[str, Histogram],
+) -> str:
+    lines: list[str] = []
+    for name, kind, text, value in values:
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name}{{{labels}}} {value}"]
+    name = "vllm:request_success_total"
+    lines += [f"# HELP {name} Answers by how they ended.", f"# TYPE {name} counter"]
+    lines += [f'{name}{{{labels},finished_reason="{reason}"}} {finished[reason]}' for reason in reasons]
+    for name, histogram in histograms.items():
+        lines += [f"# TYPE {name} histogram", *histogram.lines(name, labels)]
+    return "\n".join(lines) + "\n"
+
+
+def _labels(model_name: str) -> str:
+    return f'model_name="{_escaped(model_name)}"'
 
 
 def _escaped(text: str) -> str:

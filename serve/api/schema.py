@@ -306,12 +306,15 @@ class ChatCompletionResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
+    """`labels`: a classifier's classes, in the order of its probabilities."""
+
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     root: str
     max_model_len: int
+    labels: list[str] | None = None
 
 
 class ModelList(BaseModel):

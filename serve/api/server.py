@@ -18,9 +18,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from serve.api.app import build_app
 from serve.api.errors import error_body
 from serve.api.limits import Gate, Limits
-from serve.api.metrics import Metrics
-from serve.api.state import ServerState
+from serve.api.metrics import EncoderMetrics, Metrics
+from serve.api.state import EncoderState, ServedModel, ServerState
+from serve.engine.async_encoder import AsyncEncoder
 from serve.engine.async_engine import AsyncEngine
+from serve.engine.encoder import EncoderEngine
 from serve.engine.llm_engine import LLMEngine
 from serve.options import ServeOptions
 
@@ -35,19 +37,12 @@ WARN_SECONDS = 60.0
 class Server:
     """One listening socket, one engine."""
 
-    def __init__(self, engine: LLMEngine, options: ServeOptions, listener: socket.socket) -> None:
+    def __init__(self, engine: LLMEngine | EncoderEngine, options: ServeOptions, listener: socket.socket) -> None:
         self.options = options
         self.listener = listener
-        self.engine = AsyncEngine(engine, options.max_queue)
-        limits = Limits(int(options.max_body_mb * 2**20), request_timeout=options.request_timeout)
-        self.state = ServerState(
-            engine=self.engine,
-            model_name=options.model_name,
-            limits=limits,
-            metrics=Metrics(self.engine, options.model_name),
-            folder_name=options.folder.resolve().name,
-        )
-        self.gate = Gate(build_app(self.state), options.api_key, limits)
+        self.state = _state(engine, options)
+        self.engine = self.state.engine
+        self.gate = Gate(build_app(self.state), options.api_key, self.state.limits)
         self._uvicorn = _Uvicorn(self._config())
         self._drainer: asyncio.Task[None] | None = None
         self._warned_at = -WARN_SECONDS
@@ -108,6 +103,16 @@ class Server:
             ssl_certfile=options.ssl_certfile,
             ssl_keyfile=options.ssl_keyfile,
         )
+
+
+def _state(engine: LLMEngine | EncoderEngine, options: ServeOptions) -> ServedModel:
+    name, folder_name = options.model_name, options.folder.resolve().name
+    limits = Limits(int(options.max_body_mb * 2**20), request_timeout=options.request_timeout)
+    if isinstance(engine, EncoderEngine):
+        encoder = AsyncEncoder(engine, options.max_queue)
+        return EncoderState(encoder, name, limits, EncoderMetrics(encoder, name), folder_name)
+    generator = AsyncEngine(engine, options.max_queue)
+    return ServerState(generator, name, limits, Metrics(generator, name), folder_name)
 
 
 class _Uvicorn(uvicorn.Server):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
-from collections.abc import Coroutine
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request as HTTPRequest
 
 from serve.api.errors import APIError, bad_request, too_many, unavailable
 from serve.api.limits import Limits
-from serve.api.metrics import Metrics
+from serve.api.metrics import EncoderMetrics, Metrics
+from serve.engine.async_encoder import AsyncEncoder
 from serve.engine.async_engine import AsyncEngine, EngineDeadError, QueueFullError, Request
+from serve.engine.encoder import EncoderInput
 from serve.engine.grammar import Grammar, GrammarError
 from serve.engine.sampling_params import SamplingParams
 from serve.engine.tokenizer import Tokenizer
@@ -27,39 +31,51 @@ T = TypeVar("T")
 SHORT_TEXT = 4096
 MAX_PROMPTS = 2048
 GRAMMAR = "invalid_schema"
+TOO_LONG = "context_length_exceeded"
 
 
 class ClientGoneError(Exception):
     """The client hung up; nobody will read an answer."""
 
 
+class Engine(Protocol):
+    """What every engine tells and can be told, whatever it computes."""
+
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def num_open(self) -> int: ...
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+class Renders(Protocol):
+    def render(self) -> str: ...
+
+
 @dataclass
-class ServerState:
-    engine: AsyncEngine
+class ServedModel(ABC):
+    """What the routes of language models and of encoders share."""
+
+    engine: Engine
     model_name: str
     limits: Limits
-    metrics: Metrics
+    metrics: Renders
     folder_name: str = ""
     ready: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
-    # One thread: however many schemas come at once, the engine keeps its processors.
-    _compiling: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammar"))
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        return self.engine.engine.tokenizer
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer: ...
 
     @property
-    def max_model_len(self) -> int:
-        return self.engine.engine.max_model_len
+    @abstractmethod
+    def max_model_len(self) -> int: ...
 
     @property
-    def sampling_defaults(self) -> dict[str, Any]:
-        """The model's generation config; only what it says about sampling."""
-        found = self.engine.engine.loaded.generation_defaults
-        if found.get("do_sample") is False:
-            return {}
-        return {name: found[name] for name in GENERATION_KEYS if isinstance(found.get(name), int | float)}
+    @abstractmethod
+    def vocab_size(self) -> int: ...
 
     def check_model(self, name: str | None) -> None:
         if name and name not in (self.model_name, self.folder_name):
@@ -74,41 +90,11 @@ class ServerState:
         if len(text) > self.max_model_len * self.tokenizer.longest_token:
             raise bad_request(
                 f"the prompt has {len(text)} characters and cannot fit into {self.max_model_len} tokens",
-                code="context_length_exceeded",
+                code=TOO_LONG,
             )
         if len(text) < SHORT_TEXT:
             return self.tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
-
-    async def grammar(self, schema: dict[str, Any] | None) -> Grammar | None:
-        """`schema` compiled, within the limits."""
-        if schema is None:
-            return None
-        compiler = self.engine.engine.grammars
-        work = asyncio.get_running_loop().run_in_executor(self._compiling, compiler.compile, schema)
-        try:
-            return await asyncio.wait_for(work, self.limits.compile_timeout)
-        except TimeoutError:
-            raise bad_request("the schema was not compiled in time; simplify it", "response_format", GRAMMAR) from None
-        except GrammarError as error:
-            raise bad_request(str(error), "response_format", GRAMMAR) from None
-
-    def submit(self, prompts: list[list[int]], params: SamplingParams) -> Request:
-        """Queue a request, or say as HTTP why not."""
-        try:
-            return self.engine.submit(prompts, params)
-        except ValueError as error:
-            code = "context_length_exceeded" if "at most" in str(error) else None
-            raise bad_request(str(error), code=code) from None
-        except QueueFullError as error:
-            raise too_many(str(error)) from None
-        except EngineDeadError as error:
-            raise unavailable(str(error), "engine_dead") from None
-
-    def forget(self, request: Request) -> None:
-        """Free what `request` holds; at its end this does nothing."""
-        self.engine.close(request)
-        self.metrics.forget(request)
 
     async def while_connected(self, http: HTTPRequest, work: Coroutine[Any, Any, T]) -> T:
         """`work`'s result; it is cancelled when the client hangs up or the time is over."""
@@ -127,6 +113,104 @@ class ServerState:
             for waiting in (task, gone):
                 waiting.cancel()
             await asyncio.gather(task, gone, return_exceptions=True)
+
+
+@dataclass
+class ServerState(ServedModel):
+    """Of a language model, which generates."""
+
+    engine: AsyncEngine
+    metrics: Metrics
+    # One thread: however many schemas come at once, the engine keeps its processors.
+    _compiling: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammar"))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.engine.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.engine.loaded.config.vocab_size
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """The model's generation config; only what it says about sampling."""
+        found = self.engine.engine.loaded.generation_defaults
+        if found.get("do_sample") is False:
+            return {}
+        return {name: found[name] for name in GENERATION_KEYS if isinstance(found.get(name), int | float)}
+
+    async def grammar(self, schema: dict[str, Any] | None) -> Grammar | None:
+        """`schema` compiled, within the limits."""
+        if schema is None:
+            return None
+        compiler = self.engine.engine.grammars
+        work = asyncio.get_running_loop().run_in_executor(self._compiling, compiler.compile, schema)
+        try:
+            return await asyncio.wait_for(work, self.limits.compile_timeout)
+        except TimeoutError:
+            raise bad_request("the schema was not compiled in time; simplify it", "response_format", GRAMMAR) from None
+        except GrammarError as error:
+            raise bad_request(str(error), "response_format", GRAMMAR) from None
+
+    def submit(self, prompts: list[list[int]], params: SamplingParams) -> Request:
+        """Queue a request, or say as HTTP why not."""
+        with refusals():
+            return self.engine.submit(prompts, params)
+
+    def forget(self, request: Request) -> None:
+        """Free what `request` holds; at its end this does nothing."""
+        self.engine.close(request)
+        self.metrics.forget(request)
+
+
+@dataclass
+class EncoderState(ServedModel):
+    """Of an encoder: a classifier, or a model that turns texts into vectors."""
+
+    engine: AsyncEncoder
+    metrics: EncoderMetrics
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.engine.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.engine.vocab_size
+
+    async def compute(self, inputs: list[EncoderInput], activate: bool) -> list[list[float]]:
+        """The numbers of each input, or as HTTP why not."""
+        with refusals():
+            job = self.engine.submit(inputs, activate)
+        reason = "abort"
+        try:
+            found = await self.engine.results(job)
+            reason = "stop"
+            return found
+        finally:
+            self.metrics.observe(job, reason)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Why an engine takes no request, as HTTP says it."""
+    try:
+        yield
+    except ValueError as error:
+        raise bad_request(str(error), code=TOO_LONG if "at most" in str(error) else None) from None
+    except QueueFullError as error:
+        raise too_many(str(error)) from None
+    except EngineDeadError as error:
+        raise unavailable(str(error), "engine_dead") from None
 
 
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -70,6 +70,31 @@ class Tokenizer:
         ids: list[int] = self.fast.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def encode_typed(
+        self,
+        text: str,
+        second: str | None = None,
+        *,
+        add_special_tokens: bool = True,
+        max_length: int | None = None,
+        side: str = "right",
+    ) -> tuple[list[int], list[int]]:
+        """Tokens of a text or a pair of texts, and which of the two each belongs to, as encoders read them.
+
+        Args:
+            max_length: cut to so many tokens, special ones included; of a pair, the longer text first.
+            side: where to cut.
+        """
+        parts = [self.fast.encode(one, add_special_tokens=False) for one in (text, second) if one is not None]
+        if max_length is not None:
+            special = self.fast.num_special_tokens_to_add(len(parts) == 2) if add_special_tokens else 0
+            if max_length < special:
+                raise ValueError(f"{max_length} tokens have no room for the {special} special ones")
+            for part, size in zip(parts, _shares([len(part) for part in parts], max_length - special), strict=True):
+                part.truncate(size, direction=side)
+        whole = self.fast.post_process(parts[0], parts[1] if len(parts) == 2 else None, add_special_tokens)
+        return whole.ids, whole.type_ids
+
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         if len(tokens) == 1:
             return self._decode_one(tokens[0], skip_special_tokens)
@@ -141,6 +166,16 @@ class Tokenizer:
     def encode_chat(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
         """Tokens of a conversation; the template writes the special tokens itself."""
         return self.encode(self.render_chat(messages, **variables), add_special_tokens=False)
+
+
+def _shares(lengths: list[int], room: int) -> list[int]:
+    """How many tokens of one or two texts fit into `room`: the longer one is cut until both are as long."""
+    if len(lengths) == 1:
+        return [min(lengths[0], room)]
+    first, second = lengths
+    half = (room + (first > second)) // 2
+    kept = min(first, max(half, room - second))
+    return [kept, min(second, room - kept)]
 
 
 def read_json(path: Path) -> dict[str, Any]:

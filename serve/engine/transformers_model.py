@@ -2,7 +2,7 @@
 
 A sequence has a cache of transformers' kind and is computed by itself, so a step of many sequences costs as much as
 they do one after the other. The scheduler counts blocks and the sampler picks tokens as for the decoder; what is not
-to be had is sharing computed prefixes and guessing ahead. transformers is imported here and nowhere else in serving.
+to be had is sharing computed prefixes and guessing ahead. Encoders (`serve.engine.encoder`) load through here too.
 
 Shapes: T tokens of the step, V vocabulary.
 """
@@ -61,9 +61,7 @@ class TransformersModel(nn.Module):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        return tuple(
-            sorted({m.scheme.format if isinstance(m, PackedModule) else "dense" for m in _weighty(self.model)})
-        )
+        return formats_of(self.model)
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache
@@ -93,8 +91,10 @@ class TransformersModel(nn.Module):
         return max(1, sum(stored) // PROBE)
 
 
-def _weighty(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, PackedModule | nn.Linear | nn.Embedding)]
+def formats_of(model: nn.Module) -> tuple[str, ...]:
+    """The formats that a model's linears and embeddings are stored in."""
+    weighty = [m for m in model.modules() if isinstance(m, PackedModule | nn.Linear | nn.Embedding)]
+    return tuple(sorted({m.scheme.format if isinstance(m, PackedModule) else "dense" for m in weighty}))
 
 
 def load_with_transformers(checkpoint: Checkpoint, dtype: torch.dtype, reason: ValueError) -> TransformersModel:
@@ -105,21 +105,27 @@ def load_with_transformers(checkpoint: Checkpoint, dtype: torch.dtype, reason: V
     architecture = str(named[0]) if isinstance(named, list) and named else ""
     if architecture not in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise ValueError(f"{reason}, and whatever causal language model transformers has") from None
-    model = _from_pretrained(checkpoint.folder, dtype).eval()
-    _prepare(model)
+    model = from_pretrained(checkpoint.folder, dtype, "AutoModelForCausalLM").eval()
+    prepare(model)
     return TransformersModel(model, architecture)
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
+def from_pretrained(folder: Path, dtype: torch.dtype, kind: str, optional: tuple[str, ...] = ()) -> Any:
+    """The model by transformers' `kind`; ValueError unless all its tensors are there, but for the `optional` ones.
+
+    Args:
+        kind: the name of one of transformers' automatic classes.
+        optional: what the names of tensors begin with that may be missing.
+    """
     complete_torch()
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     import compressor.hf  # noqa: F401  registers the packed format
     from compressor.models import quiet_transformers
 
     try:
         with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = getattr(transformers, kind).from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -129,12 +135,14 @@ def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
             )
     except (OSError, RuntimeError, KeyError, TypeError, ImportError) as error:
         raise ValueError(f"transformers cannot load {folder.name}: {str(error).splitlines()[0]}") from error
-    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers
+    if missing := sorted(
+        n for n in report["missing_keys"] if not n.startswith(optional)
+    ):  # transformers would go on with random numbers
         raise ValueError(f"{folder.name} has no tensor {missing[0]!r}: the checkpoint is incomplete")
     return model
 
 
-def _prepare(model: Any) -> None:
+def prepare(model: Any) -> None:
     """Packed weights into their kernels' layout, those of a tied head once."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = (

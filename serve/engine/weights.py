@@ -47,12 +47,7 @@ class LoadedModel:
 
     @property
     def weight_bytes(self) -> int:
-        seen: dict[int, int] = {}
-        for name, buffer in (*self.decoder.named_buffers(), *self.decoder.named_parameters()):
-            if name != "cos_sin":
-                storage = buffer.untyped_storage()
-                seen[storage.data_ptr()] = storage.nbytes() if _owned(buffer) else buffer.nbytes
-        return sum(seen.values())
+        return bytes_of(self.decoder)
 
 
 def load_model(folder: Path, dtype: str = "bfloat16", deterministic: bool = False) -> LoadedModel:
@@ -90,6 +85,16 @@ def _decoder(
         return model, model.formats
     loader = _Loader(checkpoint, config, dtype, wrap)
     return loader.decoder().eval(), tuple(sorted(loader.formats))
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of all weights as they lie in memory, shared ones counted once."""
+    seen: dict[int, int] = {}
+    for name, buffer in (*model.named_buffers(), *model.named_parameters()):
+        if name != "cos_sin":
+            storage = buffer.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes() if _owned(buffer) else buffer.nbytes
+    return sum(seen.values())
 
 
 def _owned(buffer: Tensor) -> bool:

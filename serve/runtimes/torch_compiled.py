@@ -23,6 +23,7 @@ from serve.options import ServeOptions
 from serve.quick_torch import import_torch
 
 if TYPE_CHECKING:
+    from serve.engine.encoder import EncoderEngine
     from serve.engine.llm_engine import LLMEngine
     from serve.engine.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
     with contextlib.closing(_bind(options.host, options.port)) as listener:
         web = threading.Thread(target=lambda: [import_module(name) for name in WEB_MODULES], daemon=True)
         web.start()
-        engine = load_engine(options)
+        engine = load_encoder(options) if options.encodes else load_engine(options)
         engine.self_test()
         web.join()
         from serve.api.server import Server
@@ -75,6 +76,26 @@ def load_engine(options: ServeOptions) -> LLMEngine:
     return LLMEngine.from_folder(options.folder, config, tokenizer.result())
 
 
+def load_encoder(options: ServeOptions) -> EncoderEngine:
+    """The model of a folder whose texts are classified or embedded; it keeps no cache and runs eagerly."""
+    if options.prompt_lookup or options.kv_cache_dtype != "auto":
+        raise ValueError("--prompt-lookup and --kv-cache-dtype are for models that write text; leave them out")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(_tokenizer, options)
+    import_torch()
+    from serve.engine.encoder import EncoderConfig, EncoderEngine
+
+    config = EncoderConfig(
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        dtype=options.dtype,
+        num_threads=options.threads,
+        deterministic=options.deterministic,
+    )
+    return EncoderEngine.from_folder(options.folder, config, tokenizer.result())
+
+
 def _tokenizer(options: ServeOptions) -> Tokenizer:
     from serve.engine.tokenizer import Tokenizer
 
@@ -82,13 +103,24 @@ def _tokenizer(options: ServeOptions) -> Tokenizer:
 
 
 def _check(options: ServeOptions) -> str:
+    loaded = _check_encoder(options) if options.encodes else _check_generation(replace(options, eager=True))
+    return f"{options.model_name}: loaded, {loaded}"
+
+
+def _check_generation(options: ServeOptions) -> str:
     from serve.engine.sampling_params import SamplingParams
 
-    engine = load_engine(replace(options, eager=True))
+    engine = load_engine(options)
     engine.self_test()
     [output] = engine.generate([[0]], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
-    weights = f"{engine.weight_bytes / 1e6:.1f} MB of weights"
-    return f"{options.model_name}: loaded, {weights}, generated {output.token_ids}"
+    return f"{engine.weight_bytes / 1e6:.1f} MB of weights, generated {output.token_ids}"
+
+
+def _check_encoder(options: ServeOptions) -> str:
+    engine = load_encoder(options)
+    engine.self_test()
+    made = "classified" if engine.classifies else "embedded"
+    return f"{engine.weight_bytes / 1e6:.1f} MB of weights, {made} two inputs"
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -104,24 +136,46 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _summary(options: ServeOptions, engine: LLMEngine, listener: socket.socket, seconds: float) -> str:
+def _summary(options: ServeOptions, engine: LLMEngine | EncoderEngine, listener: socket.socket, seconds: float) -> str:
     from compressor import kernels
+    from serve.engine.encoder import EncoderEngine
 
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"{'https' if options.ssl_certfile else 'http'}://{host}:{listener.getsockname()[1]}"
-    tokens = engine.plan.num_blocks * engine.plan.block_size
+    own, path, body = _of_encoder(engine) if isinstance(engine, EncoderEngine) else _of_generator(engine)
     lines = {
-        "model": f"{options.model_name} ({engine.loaded.config.architecture})",
-        "format": ", ".join(engine.loaded.formats) or engine.config.dtype,
+        "model": f"{options.model_name} ({own.pop('architecture')})",
+        "format": own.pop("formats") or options.dtype,
         "kernel": kernels.describe(),
         "weights": f"{engine.weight_bytes / 1e6:.1f} MB in memory",
-        "cache": f"{engine.kv_cache_bytes / 1e6:.0f} MB at most, {tokens} tokens in {engine.plan.dtype}",
-        "context": f"{engine.max_model_len} tokens" + (f", {engine.plan.note}" if engine.plan.note else ""),
+        **own,
         "ready in": f"{seconds:.1f} s",
         "url": url,
     }
     table = "\n".join(f"{name:>9}  {value}" for name, value in lines.items())
     key = ' -H "Authorization: Bearer $HALFWEIGHT_API_KEY"' if options.api_key else ""
-    body = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}'
-    ask = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'"
-    return f"{table}\n\n  {ask}\n"
+    return f"{table}\n\n  curl {url}{path} -H 'Content-Type: application/json'{key} \\\n    -d '{body}'\n"
+
+
+def _of_generator(engine: LLMEngine) -> tuple[dict[str, str], str, str]:
+    """What is said of a language model; and a route to try, with a body."""
+    tokens = engine.plan.num_blocks * engine.plan.block_size
+    lines = {
+        "architecture": engine.loaded.config.architecture,
+        "formats": ", ".join(engine.loaded.formats),
+        "cache": f"{engine.kv_cache_bytes / 1e6:.0f} MB at most, {tokens} tokens in {engine.plan.dtype}",
+        "context": f"{engine.max_model_len} tokens" + (f", {engine.plan.note}" if engine.plan.note else ""),
+    }
+    return lines, "/v1/chat/completions", '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}'
+
+
+def _of_encoder(engine: EncoderEngine) -> tuple[dict[str, str], str, str]:
+    """The same of a classifier, or of an encoder without a head."""
+    shown = ", ".join((engine.labels or ())[:6]) + (", ..." if len(engine.labels or ()) > 6 else "")
+    lines = {
+        "architecture": engine.architecture,
+        "formats": ", ".join(engine.formats),
+        "answers": f"{engine.width} classes: {shown}" if engine.classifies else f"vectors of {engine.width} numbers",
+        "context": f"{engine.max_model_len} tokens",
+    }
+    return lines, "/classify" if engine.classifies else "/v1/embeddings", '{"input": ["Hello"]}'
