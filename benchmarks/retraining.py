@@ -151,13 +151,17 @@ class Bench:
         return {"arm": arm.label, "method": arm.method, "tokens": arm.tokens, "bytes": size, **figures, **measured}
 
     def _base(self, arm: Arm) -> Path:
-        """What the arm compresses."""
+        """What the arm compresses: the dense model, or another arm's, its zeros in place."""
+        from compressor.exports import export_checkpoint
+
         if arm.base is None:
             return self.dense
         base = self.work / _file_name(arm.base)
         if not base.is_dir():
             raise ValueError(f"{arm.label} packs the model of {arm.base!r}: make that one first, in {self.work}")
-        return base
+        unpacked = self.work / f"{base.name}-unpacked"
+        export_checkpoint(base, "dense", unpacked, force=True, allow_lossy=True)
+        return unpacked
 
     def _measure(self, folder: Path) -> dict[str, Any]:
         from benchmarks.last_word import accuracy
