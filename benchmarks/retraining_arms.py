@@ -96,8 +96,16 @@ def arms_of(budget: str) -> list[Arm]:
         Arm(f"ours {values} @ {budget}", f"ours {values}", tokens, packing(f"ast-2of4-{values}"), base=ours.label)
         for values in ("int4", "int8")
     ]
+    # Its last part sees the packed values, in place of GPTQ at the end.
+    seen = {"retraining": {"loop": {"quantize_share": 0.25}}, "quantization": {"quantizer": "rtn"}}
+    trained = Arm(
+        f"ours int4, trained on its grid @ {budget}",
+        "ours int4 trained on its grid",
+        tokens,
+        _with(shipped("ast-2of4-int4"), seen),
+    )
     slorb = Arm(f"ours SLoRB int4 @ {budget}", "ours SLoRB int4", tokens, shipped("ast-slorb-2of4-int4"))
-    return [ours, *packed, *grid, *cast, slorb]
+    return [ours, *packed, trained, *grid, *cast, slorb]
 
 
 def ablation_arms() -> list[Arm]:
