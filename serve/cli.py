@@ -16,7 +16,7 @@ EPILOG = """\
 examples:
   serve OUT                           an OpenAI-compatible endpoint on http://127.0.0.1:8000
   serve OUT --port 8080 --api-key K   the same elsewhere, for those who have the key
-  serve OUT --check                   load, generate one token, exit 0 if all is well
+  serve OUT --check                   load, generate one token or class, exit 0 if all is well
   serve chat OUT                      talk with the model here, without a server
   serve OUT --runtime vllm -- --seed 1   by vLLM's server; what follows -- is for vLLM itself
 
@@ -117,4 +117,4 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-body-mb", type=float, metavar="MB", help="largest request body (8)")
     add("--request-timeout", type=float, metavar="S", help="seconds in which an answer must be complete (600)")
     add("--shutdown-timeout", type=float, metavar="S", help="seconds that open answers get after SIGTERM (30)")
-    add("--check", action="store_true", help="load, generate one token, and exit")
+    add("--check", action="store_true", help="load, generate one token or class, and exit")

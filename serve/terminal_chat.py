@@ -23,6 +23,8 @@ Say = Callable[[str], None]
 def chat(options: ServeOptions, say: Say) -> int:
     from serve.runtimes.torch_compiled import load_engine
 
+    if options.encodes:
+        raise ValueError(f"{options.model_name} classifies or embeds texts and cannot talk; use `serve` without chat")
     engine = load_engine(options)
     try:
         engine.self_test()

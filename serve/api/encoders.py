@@ -27,7 +27,7 @@ from serve.api.errors import bad_request
 from serve.api.openapi import EVERYWHERE, errors, takes
 from serve.api.parsing import read_body
 from serve.api.state import EncoderState, new_id
-from serve.engine.encoder import EncoderInput
+from serve.engine.encoder_models import EncoderInput
 
 Json = dict[str, Any]
 

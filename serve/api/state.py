@@ -19,7 +19,7 @@ from serve.api.limits import Limits
 from serve.api.metrics import EncoderMetrics, Metrics
 from serve.engine.async_encoder import AsyncEncoder
 from serve.engine.async_engine import AsyncEngine, EngineDeadError, QueueFullError, Request
-from serve.engine.encoder import EncoderInput
+from serve.engine.encoder_models import EncoderInput
 from serve.engine.grammar import Grammar, GrammarError
 from serve.engine.sampling_params import SamplingParams
 from serve.engine.tokenizer import Tokenizer

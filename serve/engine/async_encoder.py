@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from serve.engine.async_engine import EngineDeadError, QueueFullError
-from serve.engine.encoder import EncoderEngine, EncoderInput
+from serve.engine.encoder import EncoderEngine
+from serve.engine.encoder_models import EncoderInput
 from serve.engine.llm_engine import NotFiniteError
 
 logger = logging.getLogger(__name__)

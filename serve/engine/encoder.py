@@ -1,16 +1,13 @@
-"""Encoders of BERT's kind, through transformers' own modules: classifiers, and models that turn a text into a vector.
+"""Classifiers, and encoders that turn a text into a vector: what is served of them, whatever computes it.
 
-A folder with packed linears and embeddings keeps them packed, as `transformers_model` does for other language models;
-every linear is one call of a kernel. Sequences of about the same length are padded and computed together
-(`serve.engine.async_encoder` chooses which).
+Sequences of about the same length are computed together; `serve.engine.async_encoder` chooses which.
 
 Shapes: B sequences, S tokens of the longest of them, E hidden size, N numbers of a result: classes, or E.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +20,9 @@ from torch import Tensor
 from compressor.checkpoint import Checkpoint, check_manifest
 from compressor.checkpoint import read_json as checked_json
 from compressor.models import is_classifier
+from serve.engine.encoder_models import OFFSET, EncoderInput, EncoderModel, labels_of, load_encoder
 from serve.engine.llm_engine import NotFiniteError
 from serve.engine.tokenizer import Tokenizer, read_json
-from serve.engine.transformers_model import formats_of, from_pretrained, prepare
-from serve.engine.weights import bytes_of
 
 PROBES = (9, 4)  # tokens of the self-test's sequences
 UNLIMITED = 10**6  # tokenizers write such a number where they know no longest text
@@ -48,22 +44,10 @@ class EncoderConfig:
     deterministic: bool = False
 
 
-@dataclass(frozen=True)
-class EncoderInput:
-    """Token ids, and of each whether it belongs to the first or the second text."""
-
-    ids: list[int]
-    types: list[int]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
 class EncoderEngine:
     """An encoder, what turns its states into results, and its tokenizer.
 
     Args:
-        model: in evaluation mode, its packed modules prepared.
         labels: names of a classifier's classes; None for an encoder without a head.
         pool: of an encoder without a head: hidden states [B, S, E] and mask [B, S] to [B, E].
         longest: tokens that a sequence may have.
@@ -71,7 +55,7 @@ class EncoderEngine:
 
     def __init__(
         self,
-        model: Any,
+        model: EncoderModel,
         tokenizer: Tokenizer,
         config: EncoderConfig,
         *,
@@ -81,15 +65,13 @@ class EncoderEngine:
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.labels, self._pool = labels, pool
-        self.architecture = type(model).__name__
-        self.vocab_size = int(model.config.vocab_size)
+        self.architecture = str(model.config["architectures"][0])
+        self.vocab_size = int(model.config["vocab_size"])
         self.max_model_len = _longest(config.max_model_len, longest)
         self.max_num_seqs = 1 if config.deterministic else config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens
-        self._activation = _activation(model.config)
-        self._padding = model.config.pad_token_id or 0
-        typed = "token_type_ids" in inspect.signature(model.forward).parameters
-        self._types = getattr(model.config, "type_vocab_size", 0) if typed else 0
+        self._activation = _activation(model.config.get("problem_type"), len(labels or ()))
+        self._padding = model.config.get("pad_token_id") or 0
 
     @classmethod
     def from_folder(
@@ -110,12 +92,12 @@ class EncoderEngine:
         with ThreadPoolExecutor(1, "manifest") as threads:  # hashing needs no lock of Python's
             verified = threads.submit(check_manifest, folder) if checkpoint.packed else None
             try:
-                model = _load(checkpoint, getattr(torch, config.dtype), classifies)
+                model = load_encoder(checkpoint, getattr(torch, config.dtype), classifies)
             finally:
                 if verified is not None:
                     verified.result()  # an altered file is the better reason for whatever else failed
         checkpoint.close()
-        labels = _labels(model.config) if classifies else None
+        labels = labels_of(model.config) if classifies else None
         longest = _positions(model.config, folder, alone=not classifies)
         return cls(model, tokenizer, config, labels=labels, pool=pool, longest=longest)
 
@@ -126,15 +108,15 @@ class EncoderEngine:
     @property
     def width(self) -> int:
         """N: numbers of a result."""
-        return len(self.labels) if self.labels is not None else int(self.model.config.hidden_size)
+        return len(self.labels) if self.labels is not None else int(self.model.config["hidden_size"])
 
     @property
     def formats(self) -> tuple[str, ...]:
-        return formats_of(self.model)
+        return self.model.formats
 
     @property
     def weight_bytes(self) -> int:
-        return bytes_of(self.model)
+        return self.model.weight_bytes
 
     def check_input(self, given: EncoderInput) -> None:
         """ValueError for a sequence that the model cannot take."""
@@ -151,19 +133,10 @@ class EncoderEngine:
     @torch.inference_mode()
     def forward(self, batch: Sequence[EncoderInput]) -> Tensor:
         """Logits, or pooled states, [B, N] in float32."""
-        longest = max(map(len, batch))
-        ids_BS = torch.full((len(batch), longest), self._padding)
-        types_BS, mask_BS = torch.zeros_like(ids_BS), torch.zeros_like(ids_BS)
-        for row, given in enumerate(batch):
-            ids_BS[row, : len(given)] = torch.tensor(given.ids)
-            types_BS[row, : len(given)] = torch.tensor(given.types)
-            mask_BS[row, : len(given)] = 1
-        types = {"token_type_ids": types_BS.clamp_(max=self._types - 1)} if self._types else {}
-        out = self.model(input_ids=ids_BS, attention_mask=mask_BS, **types)
         if self._pool is None:
-            logits: Tensor = out.logits.float()
-            return logits
-        return self._pool(out.last_hidden_state.float(), mask_BS)
+            return self.model.logits(batch).float()
+        hidden_BSE, mask_BS = self.model.states(batch)
+        return self._pool(hidden_BSE.float(), mask_BS)
 
     def activated(self, rows_BN: Tensor) -> Tensor:
         """Probabilities of classes, the number itself of a regression; embeddings with the length 1."""
@@ -190,55 +163,26 @@ class EncoderEngine:
 Pool = Callable[[Tensor, Tensor], Tensor]
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype, classifies: bool) -> Any:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    config = checkpoint.config
-    if config.get("model_type") not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or config.get("is_encoder_decoder"):
-        [architecture, *_] = config.get("architectures") or ["no architecture"]
-        raise ValueError(
-            f"unsupported architecture {architecture}: classifiers and embeddings are served from encoders "
-            "of BERT's kind, such as BERT, RoBERTa, DistilBERT, MPNet and ModernBERT"
-        )
-    kind = "AutoModelForSequenceClassification" if classifies else "AutoModel"
-    # Sentence encoders are often stored without the pooler that they have no use for.
-    model = from_pretrained(checkpoint.folder, dtype, kind, optional=() if classifies else ("pooler.",)).eval()
-    if not classifies and getattr(model, "pooler", None) is not None:
-        model.pooler = None
-    prepare(model)
-    return model
-
-
-def _labels(config: Any) -> tuple[str, ...]:
-    named = config.id2label or {}
-    return tuple(str(named.get(place, f"LABEL_{place}")) for place in range(config.num_labels))
-
-
-def _activation(config: Any) -> Callable[[Tensor], Tensor]:
+def _activation(problem: str | None, classes: int) -> Callable[[Tensor], Tensor]:
     """What vLLM does with logits: by the kind of problem; a single score without a kind is a probability."""
-    if config.problem_type == "regression":
+    if problem == "regression":
         return lambda logits: logits
-    one_class = config.problem_type is None and config.num_labels < 2
-    if config.problem_type == "multi_label_classification" or one_class:
+    if problem == "multi_label_classification" or (problem is None and classes < 2):
         return torch.sigmoid
     return lambda logits: logits.softmax(-1)
 
 
-def _positions(config: Any, folder: Path, alone: bool) -> int:
+def _positions(config: Mapping[str, Any], folder: Path, alone: bool) -> int:
     """The longest sequence: what the model has positions for, its tokenizer allows, a sentence encoder was made for."""
-    positions = int(getattr(config, "max_position_embeddings", 512))
-    if config.model_type in OFFSET:
-        positions -= (config.pad_token_id or 0) + 1
+    positions = int(config.get("max_position_embeddings", 512))
+    if config.get("model_type") in OFFSET:
+        positions -= (config.get("pad_token_id") or 0) + 1
     limits = [read_json(folder / "tokenizer_config.json").get("model_max_length")]
     if alone:
         limits.append(read_json(folder / "sentence_bert_config.json").get("max_seq_length"))
     return min(
         [positions, *(int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < UNLIMITED)]
     )
-
-
-OFFSET = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text")
-"""Model types whose positions begin behind the padding token's id."""
 
 
 def _longest(wanted: int | None, limit: int) -> int:
@@ -283,7 +227,7 @@ def _mean(hidden_BSE: Tensor, mask_BS: Tensor) -> Tensor:
 
 
 def _largest(hidden_BSE: Tensor, mask_BS: Tensor) -> Tensor:
-    return hidden_BSE.masked_fill(mask_BS[:, :, None] == 0, -torch.inf).amax(1)
+    return hidden_BSE.masked_fill(~mask_BS[:, :, None], -torch.inf).amax(1)
 
 
 POOLINGS: dict[str, Pool] = {

@@ -150,8 +150,12 @@ def prepare(model: Any) -> None:
         and isinstance(head, CompressedLinear)
         and head.tensors["weight_packed"] is embedding.tensors["weight_packed"]
     )
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, PackedModule) and not (tied and module is head):
+            try:
+                module.format.validate({key: t for key, t in module.tensors.items() if key.startswith("weight")})
+            except ValueError as error:  # a position out of range would be read outside of the inputs
+                raise ValueError(f"{name}: {error}") from None
             module.prepare()
     if tied:
         tie(head, embedding)

@@ -36,6 +36,8 @@ _MISSING = (
 
 def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
     """Check the folder, `say` what starts, become vLLM's server; with `--check`, generate one token and return."""
+    if options.encodes:
+        raise ValueError("classifiers and encoders are not tested in vLLM; serve them with `--runtime torch`")
     if find_spec("vllm") is None:
         raise ValueError(_MISSING)
     given = arguments(options)

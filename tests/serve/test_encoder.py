@@ -7,6 +7,8 @@ import base64
 import json
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,14 +21,25 @@ import openai
 import pytest
 import torch
 
+from compressor.checkpoint import write_manifest
 from serve.api.app import build_app
 from serve.api.limits import Gate, Limits
 from serve.api.metrics import EncoderMetrics
 from serve.api.state import EncoderState
 from serve.engine.async_encoder import AsyncEncoder, Job, choose
-from serve.engine.encoder import EncoderEngine, EncoderInput
+from serve.engine.encoder import EncoderEngine
+from serve.engine.encoder_models import EncoderInput
 from serve.engine.llm_engine import NotFiniteError
-from tests.serve.encoders import LABELS, POSITIONS, SCHEMES, VOCABULARY, pack_encoder, save_encoder, tiny_encoder
+from tests.serve.encoders import (
+    LABELS,
+    POSITIONS,
+    SCHEMES,
+    VOCABULARY,
+    pack_encoder,
+    save_encoder,
+    tiny_encoder,
+    write_tokenizer,
+)
 from tests.serve.test_api import assert_error
 from tests.serve.test_server import client, eventually, gauge, run, server
 
@@ -106,6 +119,35 @@ def test_packed_classifier_loads_with_transformers(made: Made, tmp_path: Path) -
     for given in inputs_of(engine, *TEXTS):
         found, wanted = by_transformers(model, given).logits, by_transformers(reference, given).logits
         assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_others_run_through_transformers(tmp_path: Path, head: bool) -> None:
+    import transformers as t
+
+    torch.manual_seed(0)
+    config = t.DistilBertConfig(
+        vocab_size=VOCABULARY, dim=64, hidden_dim=128, n_layers=2, n_heads=4, initializer_range=0.2
+    )
+    model = (t.DistilBertForSequenceClassification if head else t.DistilBertModel)(config).eval()
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, "bert")
+    engine = EncoderEngine.from_folder(tmp_path, dtype="float32")
+    engine.self_test()
+    inputs = inputs_of(engine, *TEXTS)
+    for row, given in zip(engine.forward(inputs), inputs, strict=True):
+        out = by_transformers(model, given)
+        assert torch.allclose(row, out.logits[0] if head else out.last_hidden_state[0].mean(0), atol=1e-4)
+    assert engine.width == (2 if head else 64) and engine.max_model_len == 512
+
+
+def test_bert_needs_nothing_of_transformers(made: Made) -> None:
+    """Importing it would take longer than everything else."""
+    program = (
+        "import sys; from serve.engine.encoder import EncoderEngine; "
+        f"EncoderEngine.from_folder({str(made('roberta'))!r}).self_test(); assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_embeddings_are_means_of_length_one(made: Made, embedder: EncoderEngine) -> None:
@@ -189,7 +231,14 @@ def test_broken_checkpoints_are_refused(made: Made, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="unsupported architecture GPT2ForSequenceClassification"):
         EncoderEngine.from_folder(folder)
-    packed, _ = pack_encoder(made("bert"), tmp_path / "packed", SCHEMES["int8"])
+    packed, _ = pack_encoder(made("bert"), tmp_path / "packed", SCHEMES["sparse24_int8"])
+    tensors = load_file(packed / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("query.weight_meta")]:
+        tensors[name] = torch.zeros_like(tensors[name])  # both kept values of four in the first place
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    write_manifest(packed)
+    with pytest.raises(ValueError, match="query: "):
+        EncoderEngine.from_folder(packed)
     with (packed / "model.safetensors").open("r+b") as file:
         file.seek(-10, 2)
         file.write(b"altered")
@@ -482,5 +531,10 @@ def test_check_and_flags_that_do_not_fit(made: Made) -> None:
     checked = run(str(made("bert")), "--check")
     assert checked.returncode == 0, checked.stderr
     assert "classified two inputs" in checked.stdout
-    refused = run(str(made("bert")), "--prompt-lookup", "4")
-    assert refused.returncode == 2 and "--prompt-lookup" in refused.stderr
+    for arguments, message in (
+        ((str(made("bert")), "--prompt-lookup", "4"), "--prompt-lookup"),
+        ((str(made("bert")), "--runtime", "vllm"), "--runtime torch"),
+        (("chat", str(made("bert"))), "cannot talk"),
+    ):
+        refused = run(*arguments)
+        assert refused.returncode == 2 and message in refused.stderr.splitlines()[-1]

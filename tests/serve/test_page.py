@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.serve.encoders import LABELS, save_encoder
 from tests.serve.test_server import server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -109,3 +110,20 @@ def test_page_talks(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
             (Path(shots) / "page.png").write_bytes(base64.b64decode(image))
         tab.value("document.getElementById('clear').click()")
         assert tab.value("document.getElementById('empty') !== null && messages.length === 0")
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["classifier", "encoder"])
+def test_page_of_an_encoder(tmp_path: Path, head: bool) -> None:
+    folder = save_encoder(tmp_path / "model", "bert", head=head)
+    with server(folder, "--served-model-name", "film") as (url, _), browser(tmp_path / "profile") as tab:
+        tab.open(url)
+        tab.wait_for("document.getElementById('model')?.textContent === 'film'")
+        tab.value("document.getElementById('input').value = 'the film was good\\nthe end was very bad'")
+        tab.value("document.getElementById('form').requestSubmit()")
+        tab.wait_for("document.querySelectorAll('.result').length === 2")
+        shown = tab.value("document.querySelector('.result').innerText")
+        assert all(label in shown for label in LABELS) if head else "1.000" in shown
+        assert "2 texts" in tab.value("document.getElementById('figures').textContent")
+        if shots := os.environ.get("HALFWEIGHT_SCREENSHOTS"):
+            image = tab.call("Page.captureScreenshot")["data"]
+            (Path(shots) / f"{'classifier' if head else 'encoder'}_page.png").write_bytes(base64.b64decode(image))
