@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.pst_arms import PATTERNS, PstArm, arms
-from benchmarks.record import make_record, parser, read_record, write_record
+from benchmarks.record import make_record, parser, recorded_rows, take_in_recorded, write_record
 
 _DRAWS = 10_000
 _QUICK_EXAMPLES = 256
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     options = flags.parse_args(list(argv))
     if options.quick:
         options.examples, options.epochs, options.seeds = _QUICK_EXAMPLES, 1.0, 1
-    rows = _recorded(options.json)
+    rows = recorded_rows(options.json, "pst")
     for make in _wanted(options, {row["arm"] for row in rows}):
         if (time.monotonic() - _STARTED) / 60 > options.minutes:
             print("out of time: the same command goes on with the rows that are missing")
@@ -60,14 +60,9 @@ def main(argv: Sequence[str]) -> int:
 _STARTED = time.monotonic()
 
 
-def _recorded(file: Path | None) -> list[dict[str, Any]]:
-    return read_record(file, "pst")["rows"] if file and file.is_file() else []
-
-
 def _write(options: Any, argv: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    """Writes the record; rows that another run of this benchmark has added meanwhile stay."""
     if options.json:
-        rows += [row for row in _recorded(options.json) if row["arm"] not in {own["arm"] for own in rows}]
+        take_in_recorded(rows, options.json, "pst")
         settings = {"examples": options.examples, "epochs": options.epochs}
         write_record(options.json, make_record("pst", argv, rows, headline(rows), settings=settings))
 

@@ -94,6 +94,17 @@ def read_record(path: Path, name: str) -> dict[str, Any]:
     return record
 
 
+def recorded_rows(path: Path | None, name: str) -> list[dict[str, Any]]:
+    """The rows of a record, none where there is none yet: what a benchmark that goes on need not make again."""
+    return read_record(path, name)["rows"] if path and path.is_file() else []
+
+
+def take_in_recorded(rows: list[dict[str, Any]], path: Path, name: str) -> None:
+    """Appends to `rows` those by whose `arm` another run of the benchmark has added to the record meanwhile."""
+    known = {row["arm"] for row in rows}
+    rows += [row for row in recorded_rows(path, name) if row["arm"] not in known]
+
+
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     own = {"python": platform.python_version(), "halfweight": __version__}

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import make_record, parser, read_record, write_record
+from benchmarks.record import make_record, parser, recorded_rows, take_in_recorded, write_record
 from benchmarks.retraining_arms import BUDGETS, Arm, ablation_arms, arms_of, one_shot_arms
 
 _PUBLISHED, _OURS = "AST as published", "ours"
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     flags.add_argument("--cost", action="store_true", help="measure the cost of a step and the loop's speed too")
     options = flags.parse_args(list(argv))
     options.tokens = options.tokens or (_QUICK_TOKENS if options.quick else _TOKENS)
-    rows = _recorded(options.json)
+    rows = recorded_rows(options.json, "retraining")
     bench = Bench(options)
     started = time.monotonic()
     bench.add_dense(rows)
@@ -69,10 +69,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _recorded(file: Path | None) -> list[dict[str, Any]]:
-    return read_record(file, "retraining")["rows"] if file and file.is_file() else []
-
-
 def _wanted(options: Any) -> list[Arm]:
     for budget in options.budgets.split(","):
         if budget not in BUDGETS:
@@ -90,9 +86,8 @@ def _wanted(options: Any) -> list[Arm]:
 
 
 def _write(options: Any, argv: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    """Writes the record; rows that another run of this benchmark has added meanwhile stay."""
     if options.json:
-        rows += [row for row in _recorded(options.json) if row["arm"] not in {own["arm"] for own in rows}]
+        take_in_recorded(rows, options.json, "retraining")
         settings = {"tokens": options.tokens, "model": Path(options.model).name, "budgets": BUDGETS}
         write_record(options.json, make_record("retraining", argv, rows, headline(rows), settings=settings))
 

@@ -1,0 +1,94 @@
+"""`python -m benchmarks pst`: its arms, its paired intervals and its headline, without training anything."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.pst import comparison, headline, main, paired_interval
+from benchmarks.pst_arms import SCORES, arms, settings_of
+from benchmarks.pst_cost import trainable_share
+from benchmarks.record import take_in_recorded
+
+N = 400
+
+
+def row(method: str, pattern: str, seed: int, right: np.ndarray, **more: Any) -> dict[str, Any]:
+    return {
+        "arm": f"{method}, {pattern}, seed {seed}", "method": method, "pattern": pattern, "seed": seed,
+        "accuracy": float(right.mean()), "test_examples": len(right), "right": np.packbits(right).tobytes().hex(),
+        **more,
+    }  # fmt: skip
+
+
+def answers(share: float, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).random(N) < share
+
+
+def test_arms_stand_once_and_have_settings() -> None:
+    found = list(arms(("2:4", "90%"), 3, ablation=True))
+    assert len({arm.label for arm in found}) == len(found) == 3 * (1 + 2 * 4 + len(SCORES))
+    for arm in found:
+        method, loop, settings = settings_of(arm.method)
+        assert loop.learning_rate > 0
+        assert settings.score == SCORES.get(arm.method, settings.score)
+        assert method in ("pst", "dense", "movement", "magnitude", "lora-magnitude")
+
+
+def test_an_interval_holds_the_difference_and_narrows_where_both_err_alike() -> None:
+    base = answers(0.8, 0)
+    worse = base.copy()
+    worse[np.flatnonzero(base)[:8]] = False  # two points of 400
+    mean, low, high = paired_interval([base] * 3, [worse] * 3)
+    assert mean == pytest.approx(2.0)
+    assert 0.5 < low < 2.0 < high < 3.6
+    other = answers(0.78, 1)
+    _, wide_low, wide_high = paired_interval([base] * 3, [other] * 3)
+    assert wide_high - wide_low > 1.5 * (high - low)
+
+
+def test_headline_takes_the_worst_mask_shape_against_movement() -> None:
+    cost = {"trained_parameters": 10, "optimizer_bytes": 100}
+    full = {"trained_parameters": 100, "optimizer_bytes": 900}
+    rows = [
+        row("dense", "none", 0, answers(0.82, 3), **full),
+        row("pst", "2:4", 0, answers(0.80, 4), **cost),
+        row("movement", "2:4", 0, answers(0.70, 5), **full),
+        row("pst", "90%", 0, answers(0.60, 6), **cost),
+        row("movement", "90%", 0, answers(0.65, 7), **full),
+        {"arm": "correlation", "kind": "cost", "figures": {"score_rank_correlation": 0.5}},
+    ]
+    found = headline(rows)
+    against = comparison(rows, "pst", "movement", "90%")
+    assert against is not None
+    assert found["pst_vs_movement_accuracy_points"] == against[0] < 0
+    assert -8 < found["pst24_vs_dense_accuracy_points"] < 4
+    assert found["trained_parameters_vs_movement"] == pytest.approx(0.1)
+    assert found["score_rank_correlation"] == 0.5
+
+
+def test_share_of_bert_base_counts_the_head() -> None:
+    assert trainable_share(4) == pytest.approx(0.0136, abs=2e-4)
+
+
+def test_rows_of_another_run_are_taken_in(tmp_path: Path) -> None:
+    file = tmp_path / "pst.json"
+    file.write_text(json.dumps({"name": "pst", "rows": [{"arm": "a", "x": 1}, {"arm": "b"}]}))
+    rows = [{"arm": "a", "x": 2}]
+    take_in_recorded(rows, file, "pst")
+    assert rows == [{"arm": "a", "x": 2}, {"arm": "b"}]
+
+
+def test_a_record_that_is_complete_is_only_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "pst.json"
+    cost = {"trained_parameters": 10, "optimizer_bytes": 100}
+    known = [
+        row(arm.method, arm.pattern, arm.seed, answers(0.8, 1), **cost) for arm in arms(("2:4",), 1, ablation=False)
+    ]
+    file.write_text(json.dumps({"name": "pst", "rows": known}))
+    assert main(["--patterns", "2:4", "--seeds", "1", "--json", str(file)]) == 0
+    assert "pst24_vs_dense_accuracy_points" in capsys.readouterr().out
+    assert torch.tensor([entry["accuracy"] for entry in json.loads(file.read_text())["rows"]]).min() > 0.5
