@@ -138,11 +138,13 @@ class _Reader:
 
     def _linear(self, names: list[str], in_features: int, sizes: list[int]) -> nn.Module:
         """Linears of the same input: as one where they are stored alike, else side by side."""
-        if len({self.checkpoint.scheme_of(name) for name in names}) > 1:
-            return SideBySide(
-                [self._linear([one], in_features, [size]) for one, size in zip(names, sizes, strict=True)]
-            )
-        scheme, tensors = self.checkpoint.scheme_of(names[0]), self.checkpoint.linear(names)
+        schemes = [self.checkpoint.scheme_of(name) for name in names]
+        scheme = schemes[0]
+        own_projections = scheme is not None and scheme.low_rank is not None and scheme.low_rank.trained_projection
+        if len(names) > 1 and (len(set(schemes)) > 1 or own_projections):
+            parts = zip(names, sizes, strict=True)
+            return SideBySide([self._linear([name], in_features, [size]) for name, size in parts])
+        tensors = self.checkpoint.linear(names)
         if "bias" not in tensors:
             raise ValueError(f"{names[0]} has no bias: the checkpoint is incomplete")
         if scheme is None:

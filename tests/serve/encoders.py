@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,11 @@ def save_encoder(folder: Path, kind: str, **options: Any) -> Path:
     return folder
 
 
-def pack_encoder(dense: Path, out: Path, scheme: Scheme) -> tuple[Path, dict[str, torch.Tensor]]:
+def pack_encoder(
+    dense: Path, out: Path, scheme: Scheme | Callable[[str], Scheme | None]
+) -> tuple[Path, dict[str, torch.Tensor]]:
     """The folder with packed linears and int8 word embeddings, and the weights that it stands for."""
+    scheme_of = scheme if callable(scheme) else lambda _: scheme
     out.mkdir()
     for file in dense.glob("*.json"):
         (out / file.name).write_bytes(file.read_bytes())
@@ -100,7 +104,8 @@ def pack_encoder(dense: Path, out: Path, scheme: Scheme) -> tuple[Path, dict[str
     schemes: dict[str, Scheme] = {}
     for name in [name.removesuffix(".weight") for name in stored if name.endswith(".weight")]:
         if ".encoder." in name and "LayerNorm" not in name:
-            schemes[name] = scheme
+            if (own := scheme_of(name)) is not None:
+                schemes[name] = own
         elif name.endswith("word_embeddings"):
             schemes[name] = Scheme("int8", -1)
     for name, own in schemes.items():

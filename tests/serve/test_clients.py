@@ -20,6 +20,7 @@ import pytest
 from serve.engine.config import cache_folder
 from serve.engine.llm_engine import LLMEngine
 from serve.engine.sampling_params import SamplingParams
+from tests.serve.encoders import save_encoder
 from tests.serve.test_server import server
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
@@ -98,6 +99,16 @@ def test_llm(binaries: Path, address: str, tmp_path: Path) -> None:
 
 
 def test_schemathesis_finds_nothing(binaries: Path, address: str, tmp_path: Path) -> None:
+    fuzz(binaries, address, tmp_path)
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["classifier", "encoder"])
+def test_schemathesis_finds_nothing_in_encoders(binaries: Path, tmp_path: Path, head: bool) -> None:
+    with server(save_encoder(tmp_path / "model", "bert", head=head)) as (url, _):
+        fuzz(binaries, url, tmp_path)
+
+
+def fuzz(binaries: Path, address: str, tmp_path: Path) -> None:
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     report = run(
         *(binaries / "schemathesis", "run", f"{address}/openapi.json", "--checks", checks),

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from compressor.checkpoint import write_manifest
+from compressor.scheme import Scheme
 from serve.api.app import build_app
 from serve.api.limits import Gate, Limits
 from serve.api.metrics import EncoderMetrics
@@ -104,6 +105,18 @@ def test_logits_are_those_of_transformers(made: Made, tmp_path: Path, kind: str,
         assert (wanted - wanted[0]).abs().max() > 0.1  # the head does see the texts
         assert engine.formats == (("dense",) if form == "dense" else tuple(sorted({"dense", "int8", form})))
         assert engine.labels == LABELS and engine.max_model_len == POSITIONS
+
+
+def test_query_key_and_value_of_different_formats(made: Made, tmp_path: Path) -> None:
+    schemes = {"query": Scheme("int8", -1), "key": Scheme("sparse24_int4", 32), "value": None}
+    folder, unpacked = pack_encoder(
+        made("bert"), tmp_path / "packed", lambda name: schemes.get(name.rpartition(".")[2], SCHEMES["int8"])
+    )
+    reference, engine = tiny_encoder("bert"), EncoderEngine.from_folder(folder)
+    reference.load_state_dict(unpacked)
+    inputs = inputs_of(engine, *TEXTS)
+    wanted = torch.cat([by_transformers(reference, one).logits for one in inputs])
+    assert (engine.forward(inputs) - wanted).norm() < 0.05 * wanted.norm()
 
 
 def test_packed_classifier_loads_with_transformers(made: Made, tmp_path: Path) -> None:
