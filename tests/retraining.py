@@ -12,7 +12,7 @@ from compressor.calibration import weight_of
 from compressor.masks import n_m_mask
 from compressor.retraining import AstSettings, Budget, LoopSettings, RetrainingReport, TextDistillation, retrain
 
-FP32 = LoopSettings(batch=4, learning_rate=3e-3, precision="fp32")
+FP32 = LoopSettings(batch=4, learning_rate=3e-3, kl_weight=1.0, precision="fp32")
 
 
 def llama() -> nn.Module:
