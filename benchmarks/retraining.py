@@ -1,9 +1,9 @@
 """`python -m benchmarks retraining`: retraining methods at equal tokens, from one dense model on one text.
 
 Rows are arms (retraining_arms.py). Each is made by `compress` in a process of its own, which goes on where it was
-killed, and looked at once: perplexity of held-out texts in windows, by transformers in bf16 on the unpacked weights,
-and last-word accuracy (last_word.py). A row that the record holds is not made again. Which setting of a method counts
-is decided on held-out *training* text, before any evaluation.
+killed. Of a method's settings at one budget the best on held-out *training* text counts; it alone is then looked at,
+once: perplexity of held-out texts in windows, by transformers in bf16 on the unpacked weights, and last-word accuracy
+(last_word.py). A row that the record holds is not made again.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ def main(argv: Sequence[str]) -> int:
     flags.add_argument("--ablation", action="store_true", help="the ablation's rows too")
     flags.add_argument("--wikitext", type=Path, metavar="FILE", help="WikiText-2 validation, in its tokenised form")
     flags.add_argument("--speeches", type=Path, metavar="FILE", help="a text out of domain, plain")
-    flags.add_argument(
-        "--tokens", type=int, default=32_768, help="tokens of each evaluation text (default: %(default)s)"
-    )
+    flags.add_argument("--tokens", type=int, help=f"tokens of each evaluation text (default: {_TOKENS})")
     flags.add_argument("--minutes", type=float, default=math.inf, help="start no further row after so long")
     flags.add_argument("--cost", action="store_true", help="measure the cost of a step and the loop's speed too")
     options = flags.parse_args(list(argv))
@@ -54,9 +52,13 @@ def main(argv: Sequence[str]) -> int:
             print("out of time: the same command goes on with the rows that are missing")
             break
         if not any(row["arm"] == arm.label for row in rows):
-            rows.append(bench.row(arm))
-            _write(options, argv, rows)
+            rows.append(bench.made(arm))
             print(_sentence(rows[-1]), flush=True)
+        row = to_measure(rows, table, arm)
+        if row is not None:
+            row |= bench.measured(row["arm"])
+            print(_sentence(row), flush=True)
+        _write(options, argv, rows)
     if options.cost:
         from benchmarks.training_cost import cost_rows
 
@@ -121,10 +123,10 @@ class Bench:
         if not any(row["arm"] == "dense" for row in rows):
             rows.insert(0, {"arm": "dense", "method": "dense", "tokens": 0} | self._measure(self.dense))
 
-    def row(self, arm: Arm) -> dict[str, Any]:
-        """Makes and measures one arm."""
+    def made(self, arm: Arm) -> dict[str, Any]:
+        """Makes one arm; its row, not measured yet."""
         name = _file_name(arm.label)
-        out, dense = self.work / name, self.work / f"{name}-dense"
+        out = self.work / name
         result = self.work / f"{name}.json"
         if not out.is_dir():
             recipe = dict(arm.recipe)
@@ -136,14 +138,20 @@ class Bench:
             with log.open("a") as file:
                 if subprocess.run(command, stdout=file, stderr=file, check=False).returncode:
                     raise ValueError(f"{arm.label} could not be made: {log.read_text().strip().splitlines()[-1]}")
+        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        figures = json.loads(result.read_text())
+        return {"arm": arm.label, "method": arm.method, "tokens": arm.tokens, "bytes": size, **figures}
+
+    def measured(self, label: str) -> dict[str, Any]:
+        """What the held-out texts say of an arm that is made."""
         from compressor.exports import export_checkpoint
 
-        figures = json.loads(result.read_text())
+        out = self.work / _file_name(label)
+        dense = out.with_name(f"{out.name}-dense")
         export_checkpoint(out, "dense", dense, force=True, allow_lossy=True)  # folds the low-rank branch
-        measured = self._measure(dense)
+        found = self._measure(dense)
         shutil.rmtree(dense, ignore_errors=True)
-        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-        return {"arm": arm.label, "method": arm.method, "tokens": arm.tokens, "bytes": size, **figures, **measured}
+        return found
 
     def _base(self, arm: Arm) -> Path:
         """What the arm compresses: the dense model, or another arm's, its zeros in place."""
@@ -178,20 +186,29 @@ def _file_name(label: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in label)
 
 
-def best(rows: Sequence[Mapping[str, Any]], method: str, tokens: int) -> Mapping[str, Any] | None:
+def to_measure(rows: Sequence[dict[str, Any]], table: Sequence[Arm], arm: Arm) -> dict[str, Any] | None:
+    """The best row of the arm's method and budget, once all its settings are made and where it is not measured yet."""
+    made = {row["arm"] for row in rows}
+    if any(other.label not in made for other in table if (other.method, other.tokens) == (arm.method, arm.tokens)):
+        return None
+    found = best(rows, arm.method, arm.tokens)
+    return found if found is not None and "last_word_accuracy" not in found else None
+
+
+def best(rows: Sequence[dict[str, Any]], method: str, tokens: int) -> dict[str, Any] | None:
     """Of a method's rows at one budget, the one with the lowest loss on held-out training text."""
     found = [row for row in rows if row.get("method") == method and row.get("tokens") == tokens]
     return min(found, key=lambda row: row.get("validation_loss_retrained") or math.inf, default=None)
 
 
-def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def headline(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Remaining gaps to dense in log-perplexity, ours over the published recipe's; the ablation's losses; cost."""
     result: dict[str, float] = {}
     dense = best(rows, "dense", 0)
     texts = ("heldout", "wikitext")
     for budget, tokens in BUDGETS.items():
         ours, theirs = best(rows, _OURS, tokens), best(rows, _PUBLISHED, tokens)
-        if dense is None or ours is None or theirs is None:
+        if dense is None or ours is None or theirs is None or not _are_measured(ours, theirs):
             continue
         ratios = [
             (ours[f"log_ppl {text}"] - dense[f"log_ppl {text}"])
@@ -201,7 +218,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         ]
         result[f"log_ppl_gap_vs_paper_{budget}"] = max(ratios)
         packed = best(rows, "ours int4", tokens)
-        if packed is not None:
+        if packed is not None and _are_measured(packed):
             increases = [math.exp(packed[f"log_ppl {text}"] - ours[f"log_ppl {text}"]) - 1 for text in texts if
                          f"log_ppl {text}" in dense]  # fmt: skip
             result["int4_ppl_increase"] = max(increases)
@@ -216,7 +233,13 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return result
 
 
+def _are_measured(*rows: Mapping[str, Any]) -> bool:
+    return all("log_ppl heldout" in row for row in rows)
+
+
 def _sentence(row: Mapping[str, Any]) -> str:
+    if not _are_measured(row):
+        return f"{row['arm']}: validation loss {row.get('validation_loss_retrained')}"
     texts = ", ".join(f"{key[4:]} {value:.2f}" for key, value in row.items() if key.startswith("ppl "))
     trained = row.get("validation_loss_retrained")
     return f"{row['arm']}: perplexity {texts}; validation loss {trained}; last words {row['last_word_accuracy']:.3f}"
@@ -233,11 +256,17 @@ def _print(rows: Sequence[Mapping[str, Any]]) -> None:
         loss = row.get("validation_loss_retrained") or row.get("validation_loss_one_shot")
         minutes = row.get("retraining_seconds")
         table.add_row(
-            row["arm"], f"{loss:.3f}" if loss else "", *(f"{row[f'ppl {name}']:,.2f}" for name in names),
-            f"{row['last_word_accuracy']:.3f} ± {row['last_word_stderr']:.3f}",
+            row["arm"], f"{loss:.3f}" if loss else "", *_measured_cells(row, names),
             f"{minutes / 60:.0f}" if minutes else "",
         )  # fmt: skip
     Console(width=None if Console().is_terminal else 140).print(table)
+
+
+def _measured_cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    if not _are_measured(row):
+        return [""] * (len(names) + 1)
+    words = f"{row['last_word_accuracy']:.3f} ± {row['last_word_stderr']:.3f}"
+    return [*(f"{row[f'ppl {name}']:,.2f}" for name in names), words]
 
 
 def make(job: Mapping[str, Any]) -> None:

@@ -82,11 +82,16 @@ def test_a_row_is_made_and_measured(
     bench.add_dense(rows)
     bench.add_dense(rows)
     assert [each["arm"] for each in rows] == ["dense"]
-    made = bench.row(Arm("tiny @ 0.1M", "AST as published", 640, recipe))
-    assert made["retraining_tokens"] == 640 and made["validation_loss_retrained"] > 0
-    assert made["log_ppl heldout"] > 0 and 0 <= made["last_word_accuracy"] <= 1
-    again = bench.row(Arm("tiny @ 0.1M", "AST as published", 640, recipe))
-    assert again == made, "the arm is kept, not made again"
+    arms = [Arm(f"tiny, {place} @ 0.1M", "AST as published", 640, recipe) for place in ("first", "second")]
+    rows.append(bench.made(arms[0]))
+    assert rows[-1]["retraining_tokens"] == 640 and rows[-1]["validation_loss_retrained"] > 0
+    assert retraining.to_measure(rows, arms, arms[0]) is None, "not all settings are made"
+    assert bench.made(arms[0]) == rows[-1], "the arm is kept, not made again"
+    chosen = retraining.to_measure(rows, arms[:1], arms[0])
+    assert chosen is rows[-1]
+    chosen |= bench.measured(chosen["arm"])
+    assert chosen["log_ppl heldout"] > 0 and 0 <= chosen["last_word_accuracy"] <= 1
+    assert retraining.to_measure(rows, arms[:1], arms[0]) is None
     assert not list(tmp_path.glob("*-dense"))
 
 
