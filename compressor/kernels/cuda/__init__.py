@@ -8,7 +8,11 @@ path | formats | from capability
 ---|---|---
 `triton` | sparse24_int4, groups of a multiple of 32 or one scale a row | 8.0
 `semi_structured` | sparse24 in bf16 or fp16, sizes of a multiple of 32 and 64 | 8.0
+`semi_structured` | sparse24_int8 with one scale a row, sizes of a multiple of 32 and 128 | 8.0
+`semi_structured` | sparse24_fp8 with one scale a row, sizes of a multiple of 32 and 64, by cuSPARSELt | 8.9
 `unpack` | everything else | any
+
+Dense int4 has no path here: in vLLM its own kernels take it (`serve.vllm_plugin.int4`).
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-AMPERE = (8, 0)
+AMPERE, ADA = (8, 0), (8, 9)
+_EIGHT_BITS = {"sparse24_int8": (torch.int8, AMPERE), "sparse24_fp8": (torch.float8_e4m3fn, ADA)}
+"""{format: (dtype of its values, capability from which they are multiplied)}."""
 
 
 def choose(
@@ -32,10 +38,11 @@ def choose(
     if name == "sparse24_int4" and has_triton():
         takes = in_features % 4 == 0 and (group_size == -1 or group_size % 32 == 0)
         return "triton" if takes else "unpack"
-    if name == "sparse24":
+    values, least = _EIGHT_BITS.get(name, (dtype, AMPERE))
+    if name == "sparse24" or (name in _EIGHT_BITS and capability >= least and group_size in (-1, in_features)):
         from compressor.kernels.cuda import semi_structured
 
-        return "semi_structured" if semi_structured.supports(out_features, in_features, dtype) else "unpack"
+        return "semi_structured" if semi_structured.supports(out_features, in_features, values) else "unpack"
     return "unpack"
 
 
@@ -55,7 +62,7 @@ def prepare(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], gr
         return dict(tensors)
     from compressor.kernels.cuda import semi_structured
 
-    return semi_structured.prepare(packed, tensors["weight_meta"])
+    return semi_structured.prepare(packed, tensors["weight_meta"], tensors.get("weight_scale"))
 
 
 def linear(name: str, x: Tensor, tensors: Mapping[str, Tensor], group_size: int) -> Tensor | None:

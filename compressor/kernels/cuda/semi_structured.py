@@ -1,10 +1,13 @@
-"""2:4 with bf16, fp16 or int8 values on NVIDIA GPUs, by the sparse tensor cores that torch's own operators reach.
+"""2:4 with bf16, fp16, int8 or fp8 values on NVIDIA GPUs, by the sparse tensor cores that torch's operators reach.
 
 Our stored positions are, nibble by nibble, what CUTLASS calls its metadata: only their order differs, which
 `torch.sparse` computes. So nothing is unpacked on the way. cuSPARSELt compresses by itself, from a dense weight that
 lives for one call, and is asked which of its algorithms is fastest for a shape.
 
-Shapes: O out_features, I in_features.
+Values of 8 bits meet activations that are rounded to 8 bits with a scale per token; their sums, which are exact in
+int32, are multiplied by both scales. That needs one scale a row: those of groups cannot be taken out of a sum.
+
+Shapes: M tokens, O out_features, I in_features.
 """
 
 from __future__ import annotations
@@ -18,17 +21,22 @@ from torch.sparse._semi_structured_conversions import _calculate_meta_reordering
 from compressor.formats.positions import expand24
 from compressor.kernels.cuda.tuning import tuned
 
-MULTIPLES = {torch.bfloat16: (32, 64), torch.float16: (32, 64), torch.int8: (16, 128)}
+FP8 = torch.float8_e4m3fn
+MULTIPLES = {torch.bfloat16: (32, 64), torch.float16: (32, 64), torch.int8: (32, 128), FP8: (32, 64)}
 """{dtype of the values: what O and I must be multiples of}."""
 PACKED, META, COMPRESSED, ROWS = "semi_packed", "semi_meta", "semi_compressed", "semi_rows"
-_TOKENS = 8
+SCALE = "semi_scale"
+"""[O] float32: the scales of the rows of 8-bit values."""
+_SUMS = {torch.int8: torch.int32, FP8: torch.float32}
+_LARGEST = {torch.int8: 127.0, FP8: 448.0}
+_TOKENS = 16
 """The sparse products take a multiple of this many tokens; the rest is padding."""
 _ALGORITHMS = tuple(range(40))
 
 
 def supports(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
-    """Whether a weight has a size that the sparse products take."""
-    if dtype not in MULTIPLES:
+    """Whether a weight has a size that the sparse products take; fp8 is cuSPARSELt's alone."""
+    if dtype not in MULTIPLES or (dtype == FP8 and not torch.backends.cusparselt.is_available()):
         return False
     rows, columns = MULTIPLES[dtype]
     return out_features % rows == 0 and in_features % columns == 0
@@ -44,27 +52,59 @@ def cutlass_layout(kept: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
     return kept.contiguous(), reordered.view(words.shape)
 
 
-def prepare(kept: Tensor, meta: Tensor) -> dict[str, Tensor]:
-    """The layout of the library at hand, from stored values and positions on a GPU."""
-    if torch.backends.cusparselt.is_available():
-        dense = expand24(kept, meta)
-        return {COMPRESSED: torch._cslt_compress(dense), ROWS: kept.new_empty(kept.shape[0], 0)}
-    packed, reordered = cutlass_layout(kept, meta)
-    return {PACKED: packed, META: reordered}
+def prepare(kept: Tensor, meta: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
+    """The layout of the library at hand, from stored values and positions, and scales [O, 1] of 8-bit values."""
+    found = {} if scale is None else {SCALE: scale.float().flatten()}
+    if not torch.backends.cusparselt.is_available():
+        packed, reordered = cutlass_layout(kept, meta)
+        return found | {PACKED: packed, META: reordered}
+    bits = kept.view(torch.int8) if kept.dtype == FP8 else kept  # to move fp8 about, torch wants to see bytes
+    dense = expand24(bits, meta).view(kept.dtype)
+    return found | {COMPRESSED: torch._cslt_compress(dense), ROWS: kept.new_empty(kept.shape[0], 0)}
 
 
 def linear(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """[M, O] in x's dtype from x [M, I]; the product is in the values' dtype."""
-    tokens, given = x.shape[0], x.dtype
     weight = tensors[PACKED] if PACKED in tensors else tensors[COMPRESSED]
-    padded = torch.nn.functional.pad(x.to(weight.dtype), (0, 0, 0, -tokens % _TOKENS))
+    if SCALE not in tensors:
+        return _product(x.to(weight.dtype), tensors, weight.dtype).to(x.dtype)
+    rounded, token_scale = eight_bits(x, weight.dtype)
+    sums = _product(rounded, tensors, _SUMS[weight.dtype])
+    return (sums.float() * token_scale * tensors[SCALE]).to(x.dtype)
+
+
+def eight_bits(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x in 8 bits [M, I], the factor of each token [M, 1] float32), the token's largest at the end of the range."""
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-30) / _LARGEST[dtype]
+    wide = wide / scale
+    return (wide.round() if dtype == torch.int8 else wide).to(dtype), scale
+
+
+def _product(x: Tensor, tensors: Mapping[str, Tensor], out: torch.dtype) -> Tensor:
+    """[M, O] in `out` from x [M, I] in the values' dtype."""
+    padded = x.new_zeros(x.shape[0] + -x.shape[0] % _TOKENS, x.shape[1])
+    padded[: x.shape[0]] = x
     if PACKED in tensors:
-        out: Tensor = torch._sparse_semi_structured_linear(padded, weight, tensors[META])
-        return out[:tokens].to(given)
-    rows, columns = tensors[ROWS].shape[0], x.shape[1]
+        wanted = None if out == x.dtype else out
+        sums: Tensor = torch._sparse_semi_structured_linear(padded, tensors[PACKED], tensors[META], out_dtype=wanted)
+    else:
+        sums = _cusparselt(padded, tensors[COMPRESSED], tensors[ROWS].shape[0], out)
+    return sums[: x.shape[0]]
+
+
+@torch.library.custom_op("halfweight::sparse24_cusparselt", mutates_args=())
+def _cusparselt(x: Tensor, compressed: Tensor, rows: int, out: torch.dtype) -> Tensor:
+    """[M, O]; one operator, so that torch.compile does not look into the search for an algorithm."""
 
     def product(algorithm: int) -> Tensor:
-        return torch._cslt_sparse_mm(weight, padded.t(), alg_id=algorithm)
+        return torch._cslt_sparse_mm(compressed, x.t(), out_dtype=out, alg_id=algorithm)
 
-    key = f"cusparselt/{padded.shape[0]}/{rows}/{columns}/{weight.dtype}"
-    return product(tuned(key, _ALGORITHMS, product)).t()[:tokens].to(given)
+    bucket = 1 << (x.shape[0] - 1).bit_length()  # one search for all batches up to a power of two
+    key = f"cusparselt/{bucket}/{rows}/{x.shape[1]}/{x.dtype}"
+    return product(tuned(key, _ALGORITHMS, product)).t().contiguous()
+
+
+@_cusparselt.register_fake
+def _(x: Tensor, compressed: Tensor, rows: int, out: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], rows, dtype=out)

@@ -21,12 +21,12 @@ def tuned(key: str, settings: Sequence[Setting], run: Callable[[Setting], object
     """The fastest setting for `key`; those that fail are left out, and inside a captured graph nothing is measured."""
     known = _known()
     place = f"{torch.cuda.get_device_name()}/{torch.version.cuda}/{key}"
-    if place not in known:
+    if known.get(place) not in range(len(settings)):  # none, or one of another version's
         if torch.cuda.is_current_stream_capturing():
             return settings[0]
         known[place] = _fastest(key, settings, run)
         _write(known)
-    return settings[min(int(known[place]), len(settings) - 1)]
+    return settings[int(known[place])]
 
 
 def _fastest(key: str, settings: Sequence[Setting], run: Callable[[Setting], object]) -> int:
