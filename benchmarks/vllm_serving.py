@@ -3,28 +3,34 @@
 The arms are vLLM's own servers with the same flags, started by our launcher; only the folder differs. They run side by
 side and are asked in turn, the idle ones waiting. A row is written as soon as it is measured and not measured again, so
 the command may be interrupted and repeated. `linears` rows come from a process that times every linear of a decode
-step, for where vLLM's own time per step hides them.
+step, for where vLLM's own time per step hides them. The `quality` row holds the losses of the same windows of held-out
+text in vLLM and in the embedded runtime.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.measure import QualitySettings, in_own_process
 from benchmarks.record import make_record, read_record, write_record
 from benchmarks.serving import STREAMS, Server, measure
 
 PACKED, DENSE, INT4 = "vLLM + halfweight", "vLLM dense bf16", "vLLM stock int4"
 SMALL, LARGE = "SmolLM2-135M", "TinyLlama-1.1B"
-_PROFILE = Path(__file__).parent / "consumers" / "vllm_linears.py"
+_CONSUMERS = Path(__file__).parent / "consumers"
+_SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 _DECODED = 32
+_TEXT = QualitySettings(max_tokens=16 * 512)
 Rows = list[dict[str, Any]]
 
 
@@ -72,6 +78,8 @@ def missing(rows: Rows, model: str, arms: Mapping[str, Path], streams: Sequence[
     for name, folder in arms.items():
         if not has(name, kind="linears"):
             yield [linears(model, name, folder, python)]
+    if model == SMALL and not has(PACKED, kind="quality"):
+        yield [quality(model, arms[PACKED], python)]
     wanted = [count for count in streams if not all(has(name, kind="streams", streams=count) for name in arms)]
     if not wanted:
         return
@@ -88,19 +96,12 @@ def server(name: str, folder: Path, python: str) -> Server:
     """vLLM's server for a folder, with the flags that all arms share."""
     sizes = ["--max-model-len", "2048", "--max-num-seqs", str(max(STREAMS)), "--no-prefix-caching"]
     command = [python, "-m", "serve", str(folder.resolve()), "--runtime", "vllm", "--port", "{port}", *sizes]
-    return Server(name, command, {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"})
+    return Server(name, command, _SETTINGS)
 
 
 def linears(model: str, name: str, folder: Path, python: str) -> dict[str, Any]:
     """The row of one arm's linears: seconds of all of them in a decode step of one stream, and their bytes."""
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / "linears.json"
-        settings = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        command = [python, str(_PROFILE), str(folder.resolve()), str(out), str(_DECODED)]
-        done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ValueError(f"{_PROFILE.name} failed on {folder.name}: {(done.stderr or done.stdout)[-1500:]}")
-        found = json.loads(out.read_text())
+    found = consume(python, "vllm_linears.py", folder, _DECODED)
     share = found["linears_seconds"] / found["step_seconds"]
     print(
         f"{model}, {name}: {1e3 * found['linears_seconds']:.1f} of {1e3 * found['step_seconds']:.1f} ms a step are "
@@ -108,6 +109,51 @@ def linears(model: str, name: str, folder: Path, python: str) -> dict[str, Any]:
         flush=True,
     )
     return {"model": model, "kind": "linears", "server": name, **found}
+
+
+def quality(model: str, folder: Path, python: str) -> dict[str, Any]:
+    """The row of the packed model's losses in vLLM and in the embedded runtime, and of their difference, in nats."""
+    own = in_own_process("perplexity", folder, _TEXT)
+    losses = consume(python, "vllm_losses.py", folder, windows=_windows(folder))
+    gaps = [theirs - ours for theirs, ours in zip(losses, own["window_nll"], strict=True)]
+    row = {
+        "model": model, "kind": "quality", "server": PACKED, "tokens": own["tokens"], "windows": len(gaps),
+        "perplexity": math.exp(mean(losses)), "perplexity_embedded_runtime": own["perplexity"],
+        "nll_above_embedded": mean(gaps), "nll_above_embedded_stderr": stdev(gaps) / math.sqrt(len(gaps)),
+    }  # fmt: skip
+    print(
+        f"{model}: perplexity {row['perplexity']:.2f} in vLLM, {own['perplexity']:.2f} in the embedded runtime; "
+        f"{1e3 * row['nll_above_embedded']:+.2f} ± {1e3 * row['nll_above_embedded_stderr']:.2f} thousandths of a nat",
+        flush=True,
+    )
+    return row
+
+
+def _windows(folder: Path) -> list[list[int]]:
+    from benchmarks.texts import read_windows
+    from compressor.models import load_tokenizer
+
+    found = read_windows(
+        _TEXT.text,
+        load_tokenizer(folder),
+        window=_TEXT.window,
+        max_tokens=_TEXT.max_tokens,
+        wikitext=_TEXT.wikitext,
+    )
+    return found.tokens.tolist()
+
+
+def consume(python: str, script: str, folder: Path, *extra: object, windows: Any = None) -> Any:
+    """What a script of `consumers` writes about a folder."""
+    with tempfile.TemporaryDirectory() as place:
+        given, out = Path(place) / "windows.json", Path(place) / "out.json"
+        given.write_text(json.dumps(windows))
+        files = [str(out)] if windows is None else [str(given), str(out)]
+        command = [python, str(_CONSUMERS / script), str(folder.resolve()), *files, *map(str, extra)]
+        done = subprocess.run(command, env=os.environ | _SETTINGS, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"{script} failed on {folder.name}: {(done.stderr or done.stdout)[-1500:]}")
+        return json.loads(out.read_text())
 
 
 def summarise(rows: Rows) -> dict[str, float]:
@@ -132,4 +178,8 @@ def summarise(rows: Rows) -> dict[str, float]:
     for key, model in (("", SMALL), ("_1b", LARGE)):
         ratio(f"linear_bytes_vs_dense{key}", "linear_bytes", DENSE, model=model, kind="linears")
         ratio(f"linear_seconds_vs_dense{key}", "linears_seconds", DENSE, model=model, kind="linears")
+        ratio(f"linear_bytes_vs_stock_int4{key}", "linear_bytes", INT4, model=model, kind="linears")
+    for row in rows:
+        if row["kind"] == "quality":
+            found["vllm_perplexity_vs_embedded"] = row["perplexity"] / row["perplexity_embedded_runtime"]
     return found
