@@ -108,7 +108,7 @@ def _import(
     for name, tensor in exported.plain(set(modules)):
         writer.add(name, tensor)
     if len(schemes) < len(modules):
-        config["quantization_config"] = QuantizationConfig.from_schemes(schemes).to_dict()
+        config["quantization_config"] = QuantizationConfig.from_schemes(schemes, quantization.kv_cache_dtype).to_dict()
     writer.finish(config)
     return schemes
 

@@ -153,7 +153,7 @@ class Exported:
 def fitted(weight: Tensor, scheme: Scheme) -> QuantizedWeight | None:
     """A plain weight [O, I] on the grid that it had, or None where it does not lie on it."""
     fmt = make_format(scheme)
-    return QuantizedWeight(weight) if fmt.grid is None else fit_grid(weight, fmt)
+    return fit_grid(weight, fmt) if fmt.scaled else QuantizedWeight(weight)
 
 
 def plain_names(folder: Path, modules: set[str]) -> list[str]:

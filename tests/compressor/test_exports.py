@@ -1,5 +1,6 @@
 """Every export: the same bytes back, and the layout read by arithmetic that is not ours."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from compressor.exports.llama_like import parse_llama_like
 from compressor.exports.regrid import fit_grid
 from compressor.formats import FORMATS, QuantizedWeight, make_format
 from compressor.formats.low_rank import pack_low_rank
+from compressor.inspection import packed_modules
 from compressor.models import load_model
 from compressor.output import OutputFolder
 from compressor.pipeline import compress
@@ -70,6 +72,20 @@ def test_import_gives_the_same_bytes(target: str, kind: str, tmp_path: Path, req
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes(), name
     for name in ("config.json",):
         assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((folder / name).read_text())
+
+
+@pytest.mark.parametrize("target", ["dense", "onnx", "gguf"])
+@pytest.mark.parametrize("values", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_floats_come_back(target: str, values: str, sparse: bool, tiny_llama: Path, tmp_path: Path) -> None:
+    """What has no integers goes out as plain numbers; e4m3 values and scales are found in them again."""
+    folder = packed(tiny_llama, tmp_path / "packed", values, sparse=sparse)
+    assert export_checkpoint(folder, target, tmp_path / "export") == []
+    assert import_checkpoint(tmp_path / "export", tmp_path / "back") == []
+    before, after = Checkpoint.open(folder), Checkpoint.open(tmp_path / "back")
+    assert after.quantization == before.quantization
+    for module in packed_modules(before):
+        assert torch.equal(expected(tmp_path / "back", module).bfloat16(), expected(folder, module).bfloat16()), module
 
 
 def test_dense_holds_the_unpacked_weights_and_loads(sparse_int4: Path, tmp_path: Path) -> None:
@@ -205,7 +221,7 @@ def with_branch(source: Path, out: Path) -> Path:
     checkpoint = Checkpoint.open(source)
     scheme = checkpoint.scheme_of(LAYER)
     assert scheme is not None
-    branched = Scheme(scheme.format, scheme.group_size, scheme.dtype, LowRank(16))
+    branched = dataclasses.replace(scheme, low_rank=LowRank(16))
     names = {name.rpartition(".")[0] for name in checkpoint.names()}
     schemes = {name: found for name in sorted(names) if (found := checkpoint.scheme_of(name)) is not None}
     with OutputFolder(out) as output:
@@ -214,7 +230,7 @@ def with_branch(source: Path, out: Path) -> Path:
             writer.add(name, checkpoint.tensor(name))
         for key, tensor in pack_low_rank(LowRank(16), torch.randn(64, 4)).items():
             writer.add(f"{LAYER}.{key}", tensor)
-        record = QuantizationConfig.from_schemes(schemes | {LAYER: branched}).to_dict()
+        record = QuantizationConfig.from_schemes(schemes | {LAYER: branched}, "int8").to_dict()
         shutil.copyfile(source / "tokenizer.json", writer.folder / "tokenizer.json")
         shutil.copyfile(source / "tokenizer_config.json", writer.folder / "tokenizer_config.json")
         writer.finish(checkpoint.config | {"quantization_config": record})
@@ -229,6 +245,7 @@ def test_a_folded_branch_is_said_first(target: str, sparse_int4: Path, tmp_path:
     assert not (tmp_path / "export").exists()
     assert len(export_checkpoint(folder, target, tmp_path / "export", allow_lossy=True)) == 1
     assert import_checkpoint(tmp_path / "export", tmp_path / "back") == [LAYER]
+    assert Checkpoint.open(tmp_path / "back").quantization.kv_cache_dtype == "int8"
     tensors = Checkpoint.open(folder).module(LAYER)
     branch = tensors["low_rank_b"].float() * tensors["low_rank_b_scale"].float()
     wanted = expected(sparse_int4, LAYER) + branch.repeat_interleave(16, 1)
@@ -268,7 +285,7 @@ def test_a_scale_that_fp16_does_not_hold_is_a_loss(tiny_llama: Path, tmp_path: P
     assert export_checkpoint(out, "compressed-tensors", tmp_path / "export") == []
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
 def test_a_grid_is_found_again(name: str) -> None:
     fmt = FORMATS[name](32)
     weight = rtn(torch.randn(50, 64), None, Scheme(name, 32))
