@@ -178,7 +178,11 @@ class Format:
 
 
 def checked_scale(weight: QuantizedWeight, groups: int, dtype: torch.dtype) -> Tensor:
-    """The scale of a quantised weight as [O, G] in `dtype`; raises ValueError where it is missing or not finite."""
+    """The scale of a quantised weight as [O, G] in `dtype`.
+
+    Raises:
+        ValueError: it is missing, negative or not finite, or takes a value beyond `dtype`.
+    """
     scale = weight.scale
     if scale is None or scale.shape != (weight.values.shape[0], groups):
         found = None if scale is None else tuple(scale.shape)
@@ -186,6 +190,9 @@ def checked_scale(weight: QuantizedWeight, groups: int, dtype: torch.dtype) -> T
     scale = scale.to(dtype)
     if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
         raise ValueError(f"scales must be finite and not negative in {dtype}")
+    largest = weight.values.unflatten(1, (groups, -1)).abs().amax(2).float() * scale.float()
+    if not bool(torch.isfinite(largest.to(dtype)).all()):
+        raise ValueError(f"values times their scales go beyond {dtype}")
     return scale
 
 

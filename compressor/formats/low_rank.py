@@ -39,11 +39,15 @@ def low_rank_spec(low_rank: LowRank, out_features: int, in_features: int) -> Spe
 
 
 def pack_low_rank(low_rank: LowRank, b: Tensor, a: Tensor | None = None) -> dict[str, Tensor]:
-    """Stored tensors of a branch with S = `b` [O, I / k] and, where it was trained, X = `a` [I / k, I]."""
+    """Stored tensors of a branch with S = `b` [O, I / k] and, where it was trained, X = `a` [I / k, I].
+
+    Raises:
+        ValueError: NaN, infinity or values beyond bf16, or an X that `low_rank` does not speak of.
+    """
     tensors: dict[str, Tensor] = {}
     if low_rank.dtype in _LIMITS:
         limit = _LIMITS[low_rank.dtype]
-        largest = b.float().abs().amax(1, keepdim=True)
+        largest = checked_floats(b, torch.float32).abs().amax(1, keepdim=True)
         scale = (largest / limit).clamp_min(torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
         values = (b.float() / scale.float()).round().clamp(-limit, limit).to(torch.int8)
         tensors["low_rank_b"] = pack_nibbles(values) if low_rank.dtype == "int4" else values

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from compressor.checkpoint import ShardWriter
 from compressor.formats import FORMATS, Format, QuantizedWeight, make_format
+from compressor.formats.low_rank import low_rank_spec, pack_low_rank
 from compressor.masks import n_m_mask
 from compressor.quantizers import rtn
-from compressor.scheme import Scheme
+from compressor.scheme import LowRank, Scheme
 
 GOLDEN = Path(__file__).parent / "golden_formats.json"
 ALL = pytest.mark.parametrize("name", list(FORMATS))
@@ -48,17 +49,19 @@ def test_pack_then_unpack_is_exact_and_matches_the_specification(
 
 
 @ALL
-def test_slices_commute_with_packing(name: str) -> None:
-    fmt = FORMATS[name](32)
-    weight = quantized(fmt, random_weight(12, 128))
-    whole = fmt.pack(weight)
-    scale = weight.scale
-    rows = fmt.pack(QuantizedWeight(weight.values[3:7], None if scale is None else scale[3:7]))
-    assert all(torch.equal(rows[key], whole[key][3:7]) for key in whole)
-    block = fmt.pack(QuantizedWeight(weight.values[:, 32:96], None if scale is None else scale[:, 1:3]))
-    for key, tensor in block.items():
-        start = whole[key].shape[1] // 4
-        assert torch.equal(tensor, whole[key][:, start : start + tensor.shape[1]]), key
+@given(data=st.data(), size=st.sampled_from([8, 32]), groups=st.integers(1, 5), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_slices_commute_with_packing(name: str, data: st.DataObject, size: int, groups: int, seed: int) -> None:
+    """Any rows, and any run of groups of inputs."""
+    fmt = FORMATS[name](size)
+    weight = quantized(fmt, random_weight(9, groups * size, seed))
+    top, left = data.draw(st.integers(0, 8)), data.draw(st.integers(0, groups - 1))
+    bottom, right = data.draw(st.integers(top + 1, 9)), data.draw(st.integers(left + 1, groups))
+    scale = None if weight.scale is None else weight.scale[top:bottom, left:right]
+    part = fmt.pack(QuantizedWeight(weight.values[top:bottom, left * size : right * size], scale))
+    for key, tensor in fmt.pack(weight).items():
+        columns = slice(left * tensor.shape[1] // groups, right * tensor.shape[1] // groups)
+        assert torch.equal(part[key].float(), tensor[top:bottom, columns].float()), key
 
 
 @ALL
@@ -95,6 +98,30 @@ def test_golden_bytes(name: str) -> None:
     assert {key: bytes(data).hex() for key, data in packed.items()} == golden["bytes"]
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4", "bfloat16"])
+def test_golden_bytes_of_the_low_rank_branch(dtype: str) -> None:
+    """S [2, 4] by hand: the largest of a row is 7 or 127 steps; bf16 1.0 is 80 3f, 0.5 is 00 3f."""
+    limit = {"int8": 127.0, "int4": 7.0, "bfloat16": 1.0}[dtype]
+    s = torch.tensor([[limit, -0.0, -limit, 1.0], [0.0, 0.5, 0.0, -0.5 * limit]])
+    golden = {
+        "int8": {"low_rank_b": "7f 00 81 01 00 01 00 81", "low_rank_b_scale": "803f 003f"},
+        "int4": {"low_rank_b": "8f 91 98 18", "low_rank_b_scale": "803f 003f"},
+        "bfloat16": {"low_rank_b": "803f 0000 80bf 803f 0000 003f 0000 00bf"},
+    }[dtype]
+    packed = pack_low_rank(LowRank(8, dtype), s)
+    assert {key: bytes(t.view(torch.uint8).flatten().tolist()) for key, t in packed.items()} == {
+        key: bytes.fromhex(text) for key, text in golden.items()
+    }
+    assert {key: (tuple(t.shape), t.dtype) for key, t in packed.items()} == low_rank_spec(LowRank(8, dtype), 2, 32)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "bfloat16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_branch_of_nan_or_infinity_is_refused(dtype: str, bad: float) -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        pack_low_rank(LowRank(8, dtype), torch.tensor([[1.0, bad]]))
+
+
 @ALL
 def test_negative_zero_is_stored_as_zero(name: str) -> None:
     fmt = FORMATS[name](8)
@@ -107,12 +134,14 @@ def test_negative_zero_is_stored_as_zero(name: str) -> None:
 
 
 @ALL
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_infinity_are_refused(name: str, bad: float) -> None:
+@given(bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]), place=st.integers(0, 47))
+@settings(max_examples=25, deadline=None)
+def test_nan_and_infinity_are_refused(name: str, bad: float, place: int) -> None:
     fmt = FORMATS[name](8)
-    values = torch.tensor([[bad, 0, 0, 0, 0, 0, 0, 0]])
+    values = torch.zeros(3, 16)
+    values.view(-1)[place] = bad
     with pytest.raises(ValueError):
-        fmt.pack(QuantizedWeight(values, torch.ones(1, 1) if fmt.scaled else None))
+        fmt.pack(QuantizedWeight(values, torch.ones(3, 2) if fmt.scaled else None))
     with pytest.raises(ValueError, match="NaN"):
         rtn(values, None, Scheme(name, 8))
 
@@ -134,14 +163,37 @@ def test_bad_scales_and_values_beyond_the_grid_are_refused(name: str) -> None:
         fmt.pack(QuantizedWeight(between, torch.ones(1, 1)))
 
 
-@QUANTIZED
-@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e-8, 1e4])
-def test_extreme_scales_keep_weights_finite(name: str, magnitude: float) -> None:
-    fmt = FORMATS[name](8, torch.float16)
-    weight = quantized(fmt, torch.full((2, 16), magnitude))
-    weight = rtn(weight.dequantized(), None, Scheme(name, 8, "float16"))
-    unpacked = fmt.unpack(fmt.pack(weight))
+@ALL
+@given(power=st.integers(-149, 127), dtype=st.sampled_from(["bfloat16", "float16"]), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_weights_of_any_size_come_back_or_are_refused(name: str, power: int, dtype: str, seed: int) -> None:
+    """Scales may run under and over; a weight is then rounded to zero or refused, and never becomes NaN or infinite."""
+    scheme = Scheme(name, 8, dtype)
+    fmt = make_format(scheme)
+    weight = (random_weight(2, 16, seed).clamp(-1.99, 1.99).double() * 2.0**power).float()
+    weight = weight * n_m_mask(weight.abs()) if fmt.sparse else weight
+    largest, info = float(weight.abs().max()), torch.finfo(fmt.dtype)
+    try:
+        unpacked = fmt.unpack(fmt.pack(rtn(weight, None, scheme)))
+    except ValueError:
+        assert largest > 0.99 * info.max
+        return
     assert torch.isfinite(unpacked).all()
+    assert not unpacked[weight == 0].any()
+    half_step = 0.08 * largest + info.tiny  # int4 is the coarsest: a fourteenth
+    assert float((unpacked.double() - weight.double()).norm()) <= half_step * weight.numel() ** 0.5
+
+
+@QUANTIZED
+def test_values_beyond_the_dtype_are_refused(name: str) -> None:
+    """fp16 ends at 65504: a scale of 9429 is one of its numbers, seven of them are not."""
+    fmt = FORMATS[name](8, torch.float16)
+    scale = torch.full((1, 1), 66000 / fmt.largest).half()
+    weight = torch.zeros(1, 8)
+    weight[0, 1] = fmt.largest
+    with pytest.raises(ValueError, match=r"beyond torch\.float16"):
+        fmt.pack(QuantizedWeight(weight, scale))
+    fmt.pack(QuantizedWeight(weight, scale * 0.99))
 
 
 @SPARSE
