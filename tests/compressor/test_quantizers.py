@@ -8,10 +8,13 @@ from compressor.masks import MaskShape, n_m_mask
 from compressor.quantizers import NEED_HESSIAN, QUANTIZERS, rtn, snap
 from compressor.scheme import Scheme
 
-SCHEMES = [Scheme("int4", 32), Scheme("int8", -1), Scheme("sparse24_int4", 32), Scheme("sparse24_int8", 64)]
+SCHEMES = [
+    *(Scheme(name, size) for name in ("int4", "sparse24_int4") for size in (32, 64, 128, -1)),
+    Scheme("int8", -1), Scheme("sparse24_int8", 64), Scheme("fp8", 32), Scheme("sparse24_fp8", 64),
+]  # fmt: skip
 
 
-def layer(rows: int = 24, columns: int = 128) -> tuple[Tensor, Tensor, LayerStats]:
+def layer(rows: int = 24, columns: int = 256) -> tuple[Tensor, Tensor, LayerStats]:
     """A weight, correlated inputs [T, I] and their statistics."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, columns, generator=generator) * 0.1
@@ -24,7 +27,7 @@ def pruned(weight: Tensor, scheme: Scheme) -> Tensor:
     return weight * n_m_mask(weight.abs()) if make_format(scheme).sparse else weight
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.format)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.format}-{s.group_size}")
 @pytest.mark.parametrize("name", list(QUANTIZERS))
 def test_zeros_stay_zero_and_the_result_packs(name: str, scheme: Scheme) -> None:
     weight, _, stats = layer()
@@ -36,7 +39,7 @@ def test_zeros_stay_zero_and_the_result_packs(name: str, scheme: Scheme) -> None
     assert (result.dequantized() - weight).norm() / weight.norm() < 0.25
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.format)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.format}-{s.group_size}")
 def test_gptq_changes_the_output_less_than_rounding_to_nearest(scheme: Scheme) -> None:
     weight, x, stats = layer()
     weight = pruned(weight, scheme)
@@ -66,7 +69,7 @@ def test_the_clip_search_beats_the_largest_weight() -> None:
 
 def test_important_inputs_are_rounded_better() -> None:
     weight, _, _ = layer()
-    norm = torch.ones(128)
+    norm = torch.ones(256)
     norm[:16] = 100
     weighted = rtn(weight, LayerStats(norm, 512), Scheme("int4", -1)).dequantized()
     plain = rtn(weight, None, Scheme("int4", -1)).dequantized()
