@@ -62,8 +62,13 @@ class Server:
         return 0 if self.engine.alive else 1
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Without descriptors asyncio reports thousands of failed accepts a second; one line a minute says it too."""
+        """Without descriptors asyncio reports thousands of failed accepts a second; one line a minute says it too.
+
+        It tries each of them again a second later, even where the listener has been closed since: no news to anybody.
+        """
         error = context.get("exception")
+        if isinstance(error, ValueError) and self.listener.fileno() < 0:
+            return
         if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
             loop.default_exception_handler(context)
         elif loop.time() > self._warned_at + WARN_SECONDS:

@@ -24,14 +24,19 @@ class _ByBytes:
     def __init__(self, decoder: Decoder, context: list[int], skip_special: bool) -> None:
         self._decoder, self._skip_special = decoder, skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._own = False
         for token in context:
             self.push(token)
+        self._own = False  # bytes of the context alone are nobody's answer
 
     def push(self, token: int) -> str:
-        return self._utf8.decode(self._decoder.token_bytes(token, self._skip_special))
+        found = self._decoder.token_bytes(token, self._skip_special)
+        self._own |= bool(found)
+        return self._utf8.decode(found)
 
     def finish(self) -> str:
-        return self._utf8.decode(b"", True)
+        """What is left of a character that never became whole, unless it is the context's."""
+        return self._utf8.decode(b"", True) if self._own else ""
 
 
 class _ByText:

@@ -67,6 +67,17 @@ def test_a_cut_character_shows_at_the_end() -> None:
     assert stream.finish() == "\ufffd"
 
 
+@pytest.mark.parametrize("decoder", [Bytes(), Fast()])
+def test_a_character_that_the_prompt_cuts_is_not_the_answers(decoder: Bytes) -> None:
+    stream = TextStream(decoder, list(b"before \xe2\x98"))
+    assert stream.finish() == ""
+
+
+def test_a_character_that_the_answer_completes_is_the_answers() -> None:
+    stream = TextStream(Fast(), list(b"before \xe2\x98"))
+    assert stream.push(0x95) == "☕" and stream.finish() == ""
+
+
 def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
     stream = TextStream(Bytes(), [])
     out = [stream.push(0x80) for _ in range(40)]
