@@ -9,8 +9,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
 
 from tests.tiny import make_tiny_model
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    """Random tensors of a test are the same whichever tests run before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

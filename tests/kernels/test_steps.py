@@ -24,11 +24,11 @@ def portable(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
 
-def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    """At most one rounding apart, beside fp32 noise."""
+def assert_close(ours: Tensor, theirs: Tensor, noise: float = 4e-6) -> None:
+    """At most one rounding apart, beside fp32 noise: a share of the largest value."""
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
     step = torch.finfo(ours.dtype).eps
-    allowed = 1.01 * step * theirs.float().abs() + 4e-6 * max(1.0, float(theirs.float().abs().max()))
+    allowed = 1.01 * step * theirs.float().abs() + noise * max(1.0, float(theirs.float().abs().max()))
     assert ((ours.float() - theirs.float()).abs() <= allowed).all()
 
 
@@ -153,7 +153,8 @@ def test_attention_with_large_scores_and_bad_tables() -> None:
     lengths = torch.tensor([100], dtype=torch.int32)
     query = torch.randn(3, 4, 64) * 30
     arguments = (query, *caches, tables, starts, lengths, 1.0)
-    assert_close(attention.paged_attention(*arguments), portable(attention.paged_attention, *arguments))
+    # fp32 knows scores of some 10^4 to 10^-3 only, and so the probabilities that are made of them.
+    assert_close(attention.paged_attention(*arguments), portable(attention.paged_attention, *arguments), noise=1e-3)
     query[1, 2, 5] = float("nan")
     y = attention.paged_attention(query, *caches, tables, starts, lengths, 1.0)
     assert y[1, 2].isnan().all() and torch.isfinite(y[0]).all() and torch.isfinite(y[2]).all()
