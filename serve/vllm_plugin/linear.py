@@ -7,8 +7,9 @@ as plain rows and columns. A trained low-rank projection X [I / k, I] is the exc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from compressor.formats.format import Spec
 from compressor.formats.low_rank import low_rank_spec
 from compressor.scheme import Scheme
 from serve.engine.models.linears import KernelLinear, PlainLinear, packed_linear
+from serve.vllm_plugin import int4
 
 _PROJECTION = "low_rank_a"
 _PARTS = {"q": 0, "k": 1, "v": 2}
@@ -110,10 +112,17 @@ class HalfweightLinearMethod(LinearMethodBase):  # type: ignore[misc]
             tensors = {name: tensor[part.start : part.stop] for name, tensor in stored.items()}
             if projections is not None:
                 tensors[_PROJECTION] = projections.chunk(len(layer.parts))[number]
-            layer.packed.append(packed_part(part.scheme, tensors, self.prefix))
+            layer.packed.append(self._packed(part.scheme, tensors, layer.params_dtype))
         for name in [*stored, *([] if projections is None else [_PROJECTION])]:
             delattr(layer, name)
-        layer.weight_packed = next(layer.packed.buffers())  # by this name vLLM's adapters find a layer's device
+        # By this name vLLM's adapters find a layer's device.
+        layer.weight_packed = next(chain(layer.packed.buffers(), layer.packed.parameters())).data
+
+    def _packed(self, scheme: Scheme | None, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+        if scheme is not None and int4.takes(scheme, tensors, dtype):
+            with suppress(ValueError):  # no kernel of vLLM's takes it
+                return int4.StockInt4(checked(tensors, list(tensors), self.prefix), scheme.group_size, dtype)
+        return packed_part(scheme, tensors, self.prefix)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., O] in x's dtype."""
@@ -220,5 +229,7 @@ def run(linear: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(linear, KernelLinear):
         out: Tensor = torch.ops.halfweight.linear.default(x, linear.weight, bias, linear.low_rank, False)
         return out
+    if isinstance(linear, int4.StockInt4):
+        return linear(x, bias)
     y: Tensor = linear(x)
     return y if bias is None else y + bias.to(y.dtype)

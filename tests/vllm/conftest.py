@@ -32,12 +32,18 @@ def ask(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Ask:
     """`ask(folders, windows, **engine)`: what vLLM says after each token of the windows, by folder."""
 
     def run(
-        folders: Sequence[Path], windows: list[list[int]], adapter: Path | None = None, ranks: int = 1, **engine: Any
+        folders: Sequence[Path],
+        windows: list[list[int]],
+        adapter: Path | None = None,
+        stock_int4: bool = False,
+        **engine: Any,
     ) -> dict[str, Any]:
         place = tmp_path_factory.mktemp("vllm")
-        settings = {"enforce_eager": True, "tensor_parallel_size": ranks, **engine}
+        settings = {"enforce_eager": True, **engine}
+        ranks = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
         names = [str(folder) for folder in folders]
         request = {"folders": names, "windows": windows, "engine": settings, "adapter": adapter and str(adapter)}
+        request["stock_int4"] = stock_int4
         (place / "request.json").write_text(json.dumps(request))
         # One rank runs in this one process, which imports vLLM once for all folders.
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(ranks > 1)), "VLLM_NO_USAGE_STATS": "1"}

@@ -2,8 +2,9 @@
 
     python consumer.py REQUEST ANSWER
 
-REQUEST is JSON: {"folders": [...], "windows": [[token, ...], ...], "engine": {...}, "adapter": folder or null}. ANSWER
-gets, for each folder, {"next": [[token], ...], "best": [[token, ...], ...]}, or {"error": text}.
+REQUEST is JSON: {"folders": [...], "windows": [[token, ...], ...], "engine": {...}, "adapter": folder or null,
+"stock_int4": whether dense int4 goes to vLLM's own kernels as on a GPU}. ANSWER gets, for each folder,
+{"next": [[token], ...], "best": [[token, ...], ...]}, or {"error": text}.
 """
 
 import contextlib
@@ -22,6 +23,10 @@ def answer(folder, request):
     from vllm.lora.request import LoRARequest
 
     windows = request["windows"]
+    if request["stock_int4"]:
+        from serve.vllm_plugin import int4
+
+        int4.takes = lambda scheme, tensors, dtype: scheme.format == "int4"
     llm = LLM(folder, max_model_len=len(windows[0]) + 8, max_num_seqs=4, disable_log_stats=True, **request["engine"])
     # On a CPU, vLLM 0.32 fails where log-probabilities of a prompt meet an adapter: then only the next token is wanted.
     places = None if request.get("adapter") else 1
