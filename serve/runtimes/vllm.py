@@ -113,7 +113,7 @@ def _check(options: ServeOptions) -> str:
     from vllm import LLM, SamplingParams
 
     sizes = {"max_model_len": options.max_model_len or 64, "max_num_seqs": 1, "enforce_eager": True}
-    ranks = {"tensor_parallel_size": options.tensor_parallel_size}
+    ranks = {name: getattr(options, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
     llm = LLM(str(options.folder), dtype=options.dtype, **sizes, **ranks)
     settings = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
     [result] = llm.generate([{"prompt_token_ids": [0]}], settings, use_tqdm=False)

@@ -58,7 +58,7 @@ class HalfweightEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         """[..., hidden]: the rows `ids`."""
-        rows: Tensor = layer.packed(ids)
+        rows: Tensor = layer.packed(ids.long())  # vLLM's are of 32 bits
         return rows.to(layer.params_dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -21,6 +21,13 @@ from tests.tiny import make_tokenizer
 
 VOCAB = 384
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
+MORE_FAMILIES = {
+    "gemma": {},
+    "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 32},
+    "phi3": {"original_max_position_embeddings": 256},
+}
+"""Families that the embedded runtime runs through transformers' modules, and what their configuration needs."""
 EMBEDDING = Scheme("int8")
 
 
@@ -43,6 +50,9 @@ def small_model(family: str, **changes: Any) -> nn.Module:
         return t.Qwen2ForCausalLM(t.Qwen2Config(**rotary))
     if family == "qwen3":
         return t.Qwen3ForCausalLM(t.Qwen3Config(**rotary))
+    if family in MORE_FAMILIES:
+        own = rotary | {"pad_token_id": 0, "tie_word_embeddings": family != "phi3"} | MORE_FAMILIES[family]
+        return t.AutoModelForCausalLM.from_config(t.AutoConfig.for_model(family, **own))
     if family == "gpt2":
         sizes = {"n_positions": 256, "n_embd": 128, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
         return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=VOCAB, **sizes, **ends))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from compressor.checkpoint import write_manifest
 from compressor.formats import FORMATS
@@ -19,7 +20,7 @@ from serve.engine.llm_engine import LLMEngine
 from serve.engine.sampling_params import SamplingParams
 from serve.engine.scheduler import Scheduled
 from serve.engine.sequence import Sequence
-from tests.vllm.models import FAMILIES, VOCAB, pack, write_model
+from tests.vllm.models import FAMILIES, MORE_FAMILIES, VOCAB, pack, write_model
 
 Ask = Callable[..., dict[str, Any]]
 SPARSE_INT4 = Scheme("sparse24_int4", 32)
@@ -107,6 +108,19 @@ def test_every_family(ask: Ask, dense: Callable[..., Path], tmp_path: Path) -> N
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_families_that_run_through_transformers(ask: Ask, family: str, tmp_path: Path) -> None:
+    """Tied tables with a factor, norms of their own, q/k/v that are one module in the checkpoint."""
+    packed = pack(write_model(family, tmp_path / "dense"), tmp_path / "packed", SPARSE_INT4)
+    answer = ask([packed], windows(), dtype="float32")[str(packed)]
+    assert "best" in answer, answer["error"]
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    with torch.no_grad():
+        own = model(torch.tensor(windows())).logits[:, :-1].argmax(-1).tolist()
+    assert same_share(own, answer["best"]) >= SAME
+
+
+@pytest.mark.full
 def test_low_rank_branch_and_plain_parts(ask: Ask, dense: Callable[..., Path], tmp_path: Path) -> None:
     """SLoRB in each dtype; modules that stayed plain inside vLLM's fused layers; embeddings that were not packed."""
     folders = [
@@ -123,20 +137,36 @@ def test_low_rank_branch_and_plain_parts(ask: Ask, dense: Callable[..., Path], t
 @pytest.mark.full
 @pytest.mark.timeout(600)
 def test_two_ranks_say_what_one_says(ask: Ask, tmp_path: Path) -> None:
-    """TinyLlama's proportions (32 heads, 4 of them for keys, inner size 2.75 times the hidden one) in two layers."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 32, "num_key_value_heads": 4}
-    source = write_model("llama", tmp_path / "dense", **sizes)
+    """TinyLlama's layers, two of them: shared by rows and columns among ranks, and one layer a rank."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
+    source = write_model("llama", tmp_path / "dense", **sizes, head_dim=64)
     branch = LowRank(16, trained_projection=True)
     folders = [
         pack(source, tmp_path / "packed", Scheme("sparse24_int4", 128)),
         pack(source, tmp_path / "trained", Scheme("sparse24_int4", 128, low_rank=branch)),
     ]
     one = ask(folders, windows(), dtype="float32")
-    two = ask(folders, windows(), ranks=2, dtype="float32")
-    for folder in map(str, folders):
-        assert "best" in one[folder], one[folder]["error"]
-        assert "best" in two[folder], two[folder]["error"]
-        assert same_share(one[folder]["best"], two[folder]["best"]) >= 0.99, folder
+    for way in ("tensor_parallel_size", "pipeline_parallel_size"):
+        two = ask(folders, windows(), dtype="float32", **{way: 2})
+        for folder in map(str, folders):
+            assert "best" in one[folder], one[folder]["error"]
+            assert "best" in two[folder], two[folder]["error"]
+            assert same_share(one[folder]["best"], two[folder]["best"]) >= 0.99, (way, folder)
+
+
+@pytest.mark.full
+def test_dense_int4_by_vllms_own_kernels(ask: Ask, dense: Callable[..., Path], tmp_path: Path) -> None:
+    """The layout that Marlin takes on a GPU, by the kernel that takes the same on a CPU, against unpacked weights."""
+    from compressor.exports import export_checkpoint
+
+    folders = [pack(dense(family), tmp_path / family, Scheme("int4", 32)) for family in ("llama", "opt")]
+    for packed in folders:
+        plain = tmp_path / f"{packed.name}-plain"
+        export_checkpoint(packed, "dense", plain)
+        own = ask([packed], windows(), stock_int4=True, dtype="bfloat16")[str(packed)]
+        expected = ask([plain], windows(), dtype="bfloat16")[str(plain)]
+        assert "best" in own, own["error"]
+        assert same_share(own["best"], expected["best"]) >= SAME
 
 
 @pytest.mark.full
