@@ -220,7 +220,7 @@ class Quantization(_Section):
     """Blocks of text that a quantiser reads, if it reads any."""
     embeddings: Literal["int8", "dense"] = "int8"
     """How embeddings and LM head are stored; they are never pruned."""
-    kv_cache_dtype: Literal["bfloat16", "int8"] | None = None
+    kv_cache_dtype: Literal["bfloat16", "int8", "fp8"] | None = None
     """How a server is to keep keys and values, unless it is told otherwise."""
 
     low_rank: Literal["trained", "int4", "int8", "bfloat16"] = "trained"

@@ -16,7 +16,7 @@ from typing import Any
 QUANT_METHOD = "halfweight"
 VERSION = 1
 DTYPES = ("bfloat16", "float16")
-KV_CACHE_DTYPES = ("bfloat16", "int8")
+KV_CACHE_DTYPES = ("bfloat16", "int8", "fp8")
 LOW_RANK_DTYPES = ("bfloat16", "int8", "int4")
 _SAFE_PATTERN = re.compile(r"(?:[A-Za-z0-9_-]|\\\.|\\d\+)+")
 

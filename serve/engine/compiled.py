@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.kernels import loading
-from compressor.kernels.attention import empty_cache
+from compressor.kernels.attention import cache_dtype_of, empty_cache
 from compressor.kernels.fakes import FAKES
 from serve.engine.config import cache_folder
 from serve.engine.models.decoder import Decoder, StepInputs
@@ -115,7 +115,7 @@ def _example(decoder: Decoder, block_size: int, cache_dtype: str) -> tuple[tuple
         torch.tensor([2, 1, 1], dtype=torch.int32),
     )
     config, vary = decoder.config, torch.export.Dim.AUTO
-    cache = empty_cache(7, block_size, config.num_kv_heads, config.head_dim, getattr(torch, cache_dtype))
+    cache = empty_cache(7, block_size, config.num_kv_heads, config.head_dim, cache_dtype_of(cache_dtype))
     caches = [[torch.zeros_like(cache) for _ in range(config.num_layers)] for _ in range(2)]
     dynamic = ({0: vary}, {0: vary}, {0: vary}, {0: vary, 1: vary}, {0: vary}, {0: vary})
     return (step, *caches), (dynamic, *([{0: vary}] * config.num_layers for _ in range(2)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 GIB = 2**30
-CACHE_DTYPES = ("auto", "bfloat16", "int8")
+CACHE_DTYPES = ("auto", "bfloat16", "int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class EngineConfig:
         compile_in_background: answer eagerly until the program is made, instead of waiting for it.
         dtype: of activations: `bfloat16` or `float32`.
         kv_cache_dtype: of keys and values: `bfloat16`; `int8` with a factor for each token and head, in which nearly
-            twice as many tokens fit; `auto` is what the checkpoint says, or else `dtype`.
+            twice as many tokens fit; `fp8` (e4m3) without factors, in which twice as many do, less exactly; `auto` is
+            what the checkpoint says, or else `dtype`.
         prompt_lookup: tokens guessed ahead from the sequence itself (see `serve.engine.prompt_lookup`); 0: none.
         deterministic: an answer's bits do not depend on what is computed beside it.
     """

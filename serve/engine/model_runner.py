@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.kernels.attention import empty_cache
+from compressor.kernels.attention import cache_dtype_of, empty_cache
 from serve.engine.config import CachePlan
 from serve.engine.models.decoder import Decoder, StepInputs
 from serve.engine.scheduler import Scheduled
@@ -51,7 +51,7 @@ class ModelRunner:
         self.forward: Callable[[StepInputs, list[Tensor], list[Tensor]], Tensor] = model
         config = model.config
         shape = (plan.num_blocks, plan.block_size, config.num_kv_heads, config.head_dim)
-        dtype = getattr(torch, plan.dtype)
+        dtype = cache_dtype_of(plan.dtype)
         self.k_caches = [empty_cache(*shape, dtype) for _ in range(config.num_layers)]
         self.v_caches = [empty_cache(*shape, dtype) for _ in range(config.num_layers)]
 

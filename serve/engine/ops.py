@@ -1,6 +1,6 @@
 """The steps of a decoder beside the linears: our kernels, and a reference for float32.
 
-The kernels keep keys and values in bf16 or int8. `--dtype float32` is there to compare with, so it keeps them in
+The kernels keep keys and values in bf16, int8 or fp8. `--dtype float32` is there to compare with, so it keeps them in
 float32 and attends in plain torch, one sequence after the other.
 
 Shapes: T tokens of this step, S sequences, H query heads, Hkv key heads, D head size.

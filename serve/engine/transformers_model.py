@@ -41,8 +41,8 @@ class TransformersConfig:
     sliding_window: int | None = None  # the model's own cache forgets what lies behind it
 
     def token_bytes(self, cache_dtype: str) -> int:
-        if cache_dtype == "int8":
-            raise ValueError(f"--kv-cache-dtype int8 is not served for {self.architecture}, which runs {NOTE}")
+        if cache_dtype in ("int8", "fp8"):
+            raise ValueError(f"--kv-cache-dtype {cache_dtype} is not served for {self.architecture}, which runs {NOTE}")
         return self.bytes_per_token
 
 

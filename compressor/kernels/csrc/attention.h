@@ -1,5 +1,5 @@
-// Attention over a paged cache, bf16 or int8: blocks of 64 keys, online softmax, fp32 throughout. The factors of int8 rows
-// multiply scores, never the rows themselves.
+// Attention over a paged cache, bf16, int8 or fp8: blocks of 64 keys, online softmax, fp32 throughout. The factors of int8
+// and fp8 rows multiply scores, never the rows themselves.
 // Shapes: R rows = queries x query heads of one kv head; D head dimension; 64 keys a block.
 #pragma once
 #include "elementwise.h"
@@ -52,9 +52,22 @@ struct PlainRow {
 struct ScaledRow {
   static constexpr bool kScaled = true;
   static constexpr size_t kBytes = 1;
-  static HW_INLINE Float load(const char* row, int d) { return Simd::load_int8(row + d); }
+  static HW_INLINE Float load(const char* row, int d) { return Simd::to_float(Simd::load_bytes(row + d)); }
   static HW_INLINE float at(const char* row, int d) { return static_cast<float>(static_cast<signed char>(row[d])); }
   static HW_INLINE float factor(const char* row, int dim) { float f; __builtin_memcpy(&f, row + dim, sizeof f); return f; }
+};
+// e4m3 has fp16's form with fewer bits and an exponent that is 8 less; only its NaN (0x7f) needs care.
+struct Fp8Row {
+  static constexpr bool kScaled = true;
+  static constexpr size_t kBytes = 1;
+  static HW_INLINE Float load(const char* row, int d) {
+    const Int byte = Simd::load_bytes(row + d), body = Simd::and_(byte, Simd::set1(0x7f));
+    const Int nan = Simd::template sar<21>(Simd::template shl<24>(Simd::add(body, Simd::set1(1))));
+    const Int half = Simd::and_or(Simd::template shl<8>(byte), Simd::set1(0x8000), Simd::template shl<7>(body));
+    return Simd::low_fp16(Simd::and_or(nan, Simd::set1(0x7c00), half));
+  }
+  static HW_INLINE float at(const char* row, int d) { return e4m3_to_float(static_cast<uint8_t>(row[d])) / 256; }
+  static HW_INLINE float factor(const char*, int) { return 256; }
 };
 
 // Where the keys of a block lie in both caches, in bytes.
@@ -226,7 +239,8 @@ template <class Row> void attend_rows(const Attention& a, const AttentionPart& p
   }
 }
 void attend(const Attention& a, const AttentionPart& part, float* memory, float* sums, float* largest, float* total) {
-  (a.scaled ? attend_rows<ScaledRow> : attend_rows<PlainRow>)(a, part, memory, sums, largest, total);
+  const auto rows = a.row == CacheRow::bf16 ? attend_rows<PlainRow> : a.row == CacheRow::int8 ? attend_rows<ScaledRow> : attend_rows<Fp8Row>;
+  rows(a, part, memory, sums, largest, total);
 }
 
 }  // namespace

@@ -16,17 +16,24 @@ thread_local Scratch part_scratch, partial_scratch;
 void check_caches(const Tensor& keys, const Tensor& values) {
   for (const Tensor* cache : {&keys, &values})
     if ((cache->type() != Type::bf16 && cache->type() != Type::u8) || cache->dim() != 4 || !cache->contiguous())
-      fail("the caches must be contiguous [blocks, block_size, Hkv, D], bfloat16, or uint8 with 4 more bytes a row");
+      fail("the caches must be contiguous [blocks, block_size, Hkv, D], bfloat16, or uint8: e4m3, or int8 with 4 more bytes a row");
   if (values.numel() != keys.numel() || values.type() != keys.type()) fail("the caches differ in size or dtype");
+}
+
+CacheRow row_of(const Tensor& cache, int64_t dim) {
+  if (cache.type() == Type::bf16 && cache.size(3) == dim) return CacheRow::bf16;
+  if (cache.type() == Type::u8 && cache.size(3) == dim) return CacheRow::fp8;
+  if (cache.type() == Type::u8 && cache.size(3) == dim + 4) return CacheRow::int8;
+  fail("query, key and value must be [T, H, D] with the caches' D");
 }
 
 Attention attention_over(const Tensor& keys, const Tensor& values, int64_t heads, int64_t dim, Dtype dtype, const Tensor& tables, const Tensor& starts,
                          const Tensor& lengths, double scale) {
   check_caches(keys, values);
-  const bool scaled = keys.type() == Type::u8;
+  const CacheRow row = row_of(keys, dim);
   for (const Tensor* t : {&tables, &starts, &lengths})
     if (t->type() != Type::i32) fail("block_tables, query_start and context_lens must be int32");
-  if (dim != keys.size(3) - (scaled ? 4 : 0) || dim % 16 || dim > 512 || keys.size(2) < 1 || heads % keys.size(2))
+  if (dim % 16 || dim > 512 || keys.size(2) < 1 || heads % keys.size(2))
     fail("query must be [T, H, D] with the caches' D, a multiple of 16 up to 512, and H a multiple of Hkv");
   if (heads / keys.size(2) > kAttentionRows) fail("at most %d query heads can share a kv head", kAttentionRows);
   if (tables.dim() != 2 || starts.numel() != tables.size(0) + 1 || lengths.numel() != tables.size(0))
@@ -34,7 +41,7 @@ Attention attention_over(const Tensor& keys, const Tensor& values, int64_t heads
   return {nullptr, static_cast<const char*>(keys.data()), static_cast<const char*>(values.data()),
           static_cast<const int32_t*>(tables.data()), static_cast<const int32_t*>(starts.data()), static_cast<const int32_t*>(lengths.data()),
           dtype, static_cast<int>(heads), static_cast<int>(keys.size(2)), static_cast<int>(dim), static_cast<int>(keys.size(1)),
-          static_cast<int>(tables.size(1)), 0, static_cast<float>(scale), scaled};
+          static_cast<int>(tables.size(1)), 0, static_cast<float>(scale), row};
 }
 
 void paged_attention(Value* stack, uint64_t, uint64_t) {

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "halves.h"
+
 namespace halfweight {
 namespace {
 
@@ -27,9 +29,13 @@ void check(const Attention& a, int sequences, int64_t tokens, int64_t blocks) {
 
 void store_heads(const Attention& a, const void* heads, Dtype dtype, char* to, float* memory) {
   const int64_t width = static_cast<int64_t>(a.kv_heads) * a.dim;
-  if (!a.scaled) return kernels().copy_row(heads, dtype, to, Dtype::bf16, width, memory);
+  if (a.row == CacheRow::bf16) return kernels().copy_row(heads, dtype, to, Dtype::bf16, width, memory);
   float *values = memory, factor;
   kernels().copy_row(heads, dtype, values, Dtype::f32, width, memory + width);
+  if (a.row == CacheRow::fp8) {
+    for (int64_t i = 0; i < width; ++i) to[i] = static_cast<char>(float_to_e4m3(values[i]));
+    return;
+  }
   for (int h = 0; h < a.kv_heads; ++h, to += a.row_bytes()) {
     kernels().quantise(values + static_cast<int64_t>(h) * a.dim, a.dim, a.dim, 1, false, reinterpret_cast<int8_t*>(to), &factor);
     std::memcpy(to + a.dim, &factor, sizeof factor);

@@ -28,9 +28,12 @@ struct Linear {
   Dtype out_dtype;
 };
 
+// A head's row in a cache: dim bf16 values; dim int8 ones and the float factor that they share; or dim e4m3 ones.
+enum class CacheRow { bf16, int8, fp8 };
+
 struct Attention {
   const void* query;        // [tokens][heads][dim], query_stride elements from token to token
-  const char* keys;         // [blocks][block_size][kv_heads][row]: dim bf16 values or, `scaled`, dim int8 ones and a float factor
+  const char* keys;         // [blocks][block_size][kv_heads][row]
   const char* values;
   const int32_t* tables;    // [sequences][max_blocks]
   const int32_t* starts;    // [sequences + 1]
@@ -39,8 +42,10 @@ struct Attention {
   int heads, kv_heads, dim, block_size, max_blocks;
   int64_t query_stride;
   float scale;
-  bool scaled;
-  HW_INLINE size_t row_bytes() const { return scaled ? static_cast<size_t>(dim) + sizeof(float) : static_cast<size_t>(dim) * 2; }
+  CacheRow row;
+  HW_INLINE size_t row_bytes() const {
+    return static_cast<size_t>(dim) * (row == CacheRow::bf16 ? 2 : 1) + (row == CacheRow::int8 ? sizeof(float) : 0);
+  }
 };
 
 constexpr int kAttentionRows = 64;

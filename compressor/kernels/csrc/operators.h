@@ -8,6 +8,7 @@ Weight parsed(const Tensor& blob, const char* what);  // fails on a damaged blob
 void check_branch(const Weight& branch, const Weight& weight, const char* what);
 void check_bias(const Tensor& bias, const Weight& weight, const char* what);
 void check_caches(const Tensor& keys, const Tensor& values);
+CacheRow row_of(const Tensor& cache, int64_t dim);  // fails where a head of this size is not what the cache holds
 // All of an Attention but its query; fails where shapes do not fit together.
 Attention attention_over(const Tensor& keys, const Tensor& values, int64_t heads, int64_t dim, Dtype dtype, const Tensor& tables,
                          const Tensor& starts, const Tensor& lengths, double scale);

@@ -58,10 +58,10 @@ struct Simd {
     std::memcpy(&h, p, 8);
     return as_float(vshll_n_u16(h, 16));
   }
-  static HW_INLINE Float load_int8(const char* p) {
+  static HW_INLINE Int load_bytes(const char* p) {
     int32_t four;
     std::memcpy(&four, p, 4);
-    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+    return vreinterpretq_u32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
   }
   static HW_INLINE Float load_fp16(const uint16_t* p) {
     uint16x4_t h;

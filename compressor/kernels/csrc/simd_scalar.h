@@ -61,10 +61,10 @@ struct Simd {
     std::memcpy(p, at, 8);  // the weights need no alignment
     return Float{bf16_to_float(p[0]), bf16_to_float(p[1]), bf16_to_float(p[2]), bf16_to_float(p[3])};
   }
-  static HW_INLINE Float load_int8(const char* at) {
+  static HW_INLINE Int load_bytes(const char* at) {
     int8_t p[4];
     std::memcpy(p, at, 4);
-    return Float{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+    return (Int)Signed{p[0], p[1], p[2], p[3]};
   }
   static HW_INLINE Float load_fp16(const uint16_t* at) {
     uint16_t p[4];

@@ -164,8 +164,9 @@ void store_kv(Value* stack, uint64_t, uint64_t) {
   const Tensor key = std::move(key_in).dense_rows(), value = std::move(value_in).dense_rows(), slots = std::move(slots_in).dense();
   check_caches(k_cache, v_cache);
   if (slots.type() != Type::i64) fail("slot_mapping must be int64 [T]");
+  if (key.dim() != 3) fail("key and value must be [T, Hkv, D], like the caches");
   Attention a{};
-  a.scaled = k_cache.type() == Type::u8, a.kv_heads = static_cast<int>(k_cache.size(2)), a.dim = static_cast<int>(k_cache.size(3)) - (a.scaled ? 4 : 0);
+  a.kv_heads = static_cast<int>(k_cache.size(2)), a.dim = static_cast<int>(key.size(2)), a.row = row_of(k_cache, a.dim);
   const int64_t tokens = slots.numel(), width = static_cast<int64_t>(a.kv_heads) * a.dim, capacity = k_cache.size(0) * k_cache.size(1);
   for (const Tensor* source : {&key, &value})
     if (source->dim() != 3 || source->size(0) != tokens || source->size(1) * source->size(2) != width) fail("key and value must be [T, Hkv, D], like the caches");

@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from compressor.kernels.attention import row_bytes
+from compressor.kernels.attention import cache_dtype_of, row_bytes
 
 
 class UnservedError(ValueError):
@@ -113,7 +111,7 @@ class ModelConfig:
 
     def token_bytes(self, cache_dtype: str) -> int:
         """Bytes of a token's keys and values in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * row_bytes(self.head_dim, getattr(torch, cache_dtype))
+        return 2 * self.num_layers * self.num_kv_heads * row_bytes(self.head_dim, cache_dtype_of(cache_dtype))
 
     @property
     def scale(self) -> float:
