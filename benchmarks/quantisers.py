@@ -273,17 +273,30 @@ def _sentence(row: Mapping[str, Any]) -> str:
     )
 
 
+_COLUMNS = ("arm", "perplexity", "log ppl", "bits/weight", "MB", "2:4 mask or tensors")
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of the table; of llama.cpp's files the types that their linears really have."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in row.get("tensor_types", {}).items())
+    mask = {None: kinds, True: "intact", False: f"broken ({1 - row.get('groups_2_of_4', 1):.1%} of groups)"}
+    return (
+        row["arm"], f"{row['perplexity']:,.2f}", f"{row['mean_nll']:.4f} ± {row['stderr_nll']:.4f}",
+        f"{row['bits_per_weight']:.3f}", f"{row['bytes'] / 1e6:.1f}", mask[row.get("mask_intact")],
+    )  # fmt: skip
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of docs/quantisers.md."""
+    lines = [_COLUMNS, ("---", "---:", "---:", "---:", "---:", "---"), *map(_cells, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _print(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("arm", "perplexity", "log ppl", "bits/weight", "MB", "2:4 mask")
+    table = Table(*_COLUMNS)
     for row in rows:
-        mask = {None: "", True: "intact", False: f"broken ({1 - row.get('groups_2_of_4', 1):.0%})"}[
-            row.get("mask_intact")
-        ]
-        table.add_row(
-            row["arm"], f"{row['perplexity']:,.2f}", f"{row['mean_nll']:.4f} ± {row['stderr_nll']:.4f}",
-            f"{row['bits_per_weight']:.3f}", f"{row['bytes'] / 1e6:.1f}", mask,
-        )  # fmt: skip
+        table.add_row(*_cells(row))
     Console(width=None if Console().is_terminal else 110).print(table)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import packing, quantisers
+from benchmarks.record import read_record
 from compressor.models import load_model, skeleton
 
 
@@ -33,6 +34,20 @@ def test_the_headline_has_what_was_measured() -> None:
         "gptq24_vs_rtn24_log_ppl": -0.5,
         "bits_per_weight_sparse24_int4_g128": 3.125,
     }
+
+
+def test_the_documented_table_is_the_record() -> None:
+    root = Path(__file__).parents[2]
+    rows = read_record(root / "benchmarks" / "results" / "quality.json", "quality")["rows"]
+    assert [row["arm"] for row in rows] == [arm.label for arm in quantisers.arms(True)]
+    assert quantisers.markdown(rows) in (root / "docs" / "quantisers.md").read_text()
+
+
+def test_llamas_files_show_their_tensors_and_masks_their_state() -> None:
+    row = {"arm": "a", "perplexity": 2.0, "mean_nll": 0.7, "stderr_nll": 0.1, "bits_per_weight": 4.5, "bytes": 1e6}
+    assert quantisers._cells(row | {"tensor_types": {"Q4_0": 3, "Q5_K": 1}})[-1] == "3 Q4_0, 1 Q5_K"
+    assert quantisers._cells(row | {"mask_intact": False, "groups_2_of_4": 0.9})[-1] == "broken (10.0% of groups)"
+    assert quantisers._cells(row | {"mask_intact": True, "groups_2_of_4": 1.0})[-1] == "intact"
 
 
 def test_losses_are_those_of_the_model(tiny_llama: Path) -> None:
