@@ -39,7 +39,7 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     """The quantisation method of a configuration where it is one that can be read here."""
     record = config.get("quantization_config")
     method = record.get("quant_method") if isinstance(record, Mapping) else None
-    return method if method in READERS else None
+    return method if isinstance(method, str) and method in READERS else None
 
 
 def dequantise(folder: Path, stage: Path) -> None:
@@ -76,7 +76,9 @@ def _dense_tensors(
         parts = {key: source.tensor(f"{module}.{key}") for key in _KEYS[method] if f"{module}.{key}" in source.shards}
         try:
             weight = READERS[method](parts, record).to(torch.bfloat16)
-        except (KeyError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        except CheckpointError as error:
+            raise CheckpointError(f"{source.folder}, {module}: {error}") from None
+        except (KeyError, RuntimeError, IndexError, ZeroDivisionError, ValueError, TypeError) as error:
             raise CheckpointError(f"{source.folder}, {module}: not the tensors of {method}: {error}") from None
         if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(f"{source.folder}, {module}: the dequantised weight holds NaN or infinity")

@@ -80,7 +80,7 @@ def import_checkpoint(folder: Path, out: Path, *, force: bool = False) -> list[s
     with OutputFolder(out, force=force) as output:
         try:
             schemes = _import(reader(folder, config), modules, quantization, CheckpointWriter(output), folder, config)
-        except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{folder} does not hold what its {RECORD} says: {error}") from None
     return [name for name in modules if name not in schemes]
 

@@ -323,6 +323,11 @@ def test_a_broken_record_is_refused(sparse_int4: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         import_checkpoint(tmp_path / "dense", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+    for rope in ("x", [1], {"rope_theta": "x"}):
+        config = record["config"] | {"rope_parameters": rope}
+        (tmp_path / "dense" / "halfweight.json").write_text(json.dumps(record | {"target": "gguf", "config": config}))
+        with pytest.raises(ValueError):
+            import_checkpoint(tmp_path / "dense", tmp_path / "back")
     (tmp_path / "dense" / "halfweight.json").write_text(json.dumps(record | {"target": "os"}))
     with pytest.raises(ValueError, match="no export 'os'"):
         import_checkpoint(tmp_path / "dense", tmp_path / "back")

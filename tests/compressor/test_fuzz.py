@@ -3,20 +3,25 @@
 import copy
 import json
 import random
+import re
 import shutil
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from compressor import foreign
 from compressor.checkpoint import Checkpoint
+from compressor.exports import export_checkpoint, import_checkpoint
 from compressor.inspection import packed_modules
 from compressor.pipeline import compress
 from compressor.recipe import parse_recipe
 from compressor.scheme import QuantizationConfig
 
-CONFIGS, HEADERS, BYTES = 4000, 1500, 500
+CONFIGS, HEADERS, BYTES, OTHERS, RECORDS = 4000, 1500, 500, 120, 30
 VALUES: list[Any] = [
     None, True, -1, 0, 3, 2**63, 1.5, "", "x", "re:", "re:(a+)+$", "re:.*", "../../etc/passwd", "os.system", [], {},
     [[]], {"a": 1}, ["re:model\\.\\d+"], "sparse24_int4", "float16", float("inf"), "a" * 10_000, "re:" + "a" * 1000,
@@ -122,3 +127,66 @@ def test_a_huge_shape_allocates_nothing(folder: Path, tmp_path: Path) -> None:
     config |= {"hidden_size": 2**40, "vocab_size": 2**50, "num_hidden_layers": 10**9}
     (tmp_path / "broken" / "config.json").write_text(json.dumps(config))
     assert not check(tmp_path / "broken", (folder / "model.safetensors").stat().st_size)
+
+
+@contextmanager
+def little_memory(most: int) -> Iterator[None]:
+    """Fails where the process grew by more than `most` bytes for a moment; torch's tensors count too."""
+
+    def status(key: str) -> int:
+        found = re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())
+        assert found is not None
+        return 1024 * int(found[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = status("VmRSS")
+    yield
+    assert status("VmHWM") - before < most
+
+
+def with_header(data: bytes, choose: random.Random) -> bytes:
+    """A safetensors file with a mutated header."""
+    length = int.from_bytes(data[:8], "little")
+    text = json.dumps(mutated(json.loads(data[8 : 8 + length]), choose)).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+@pytest.mark.parametrize("target", ["gptq", "compressed-tensors"])
+def test_checkpoints_of_others(target: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign, "_transposed", lambda _: set())
+    broken, stage = tmp_path / "broken", tmp_path / "stage"
+    export_checkpoint(folder, target, broken)
+    config, data = json.loads((broken / "config.json").read_text()), (broken / "model.safetensors").read_bytes()
+    choose, refused = random.Random(2), 0
+    with little_memory(64 * 2**20):
+        for _ in range(2 * OTHERS):
+            header = choose.random() < 0.6
+            record = config["quantization_config"] if header else mutated(config["quantization_config"], choose)
+            (broken / "config.json").write_text(json.dumps(config | {"quantization_config": record}))
+            (broken / "model.safetensors").write_bytes(with_header(data, choose) if header else data)
+            stage.mkdir()
+            try:
+                if foreign.method_of(json.loads((broken / "config.json").read_text())):
+                    foreign.dequantise(broken, stage)
+            except ValueError as error:
+                assert str(broken) in str(error) or "accepted" in str(error), error
+                refused += 1
+            shutil.rmtree(stage)
+    assert refused > OTHERS // 4
+
+
+@pytest.mark.parametrize("target", ["dense", "gptq", "onnx", "gguf"])
+def test_records_of_exports(target: str, folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    export_checkpoint(folder, target, broken)
+    record = json.loads((broken / "halfweight.json").read_text())
+    choose, refused = random.Random(3), 0
+    with little_memory(128 * 2**20):
+        for _ in range(RECORDS):
+            (broken / "halfweight.json").write_text(json.dumps(mutated(record, choose)))
+            try:
+                import_checkpoint(broken, tmp_path / "back", force=True)
+            except ValueError as error:
+                assert str(error)
+                refused += 1
+    assert refused > RECORDS // 10
