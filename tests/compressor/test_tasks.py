@@ -1,7 +1,9 @@
 """Tasks: the forms that labelled data comes in, what is refused, and the metrics' own definitions."""
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,20 @@ def test_quotation_marks_are_text_in_glues_tsv(tmp_path: Path) -> None:
     assert [(e.text, e.pair, e.label) for e in task.test] == [
         ('"He said 0', "it's 0", 0), ('"He said 1', "it's 1", 1), ('"He said 2', "it's 2", 0),
     ]  # fmt: skip
+
+
+def test_a_few_torn_lines_as_qqp_has_them_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    header = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
+    rows = [[str(i), "1", "2", f"a {i}?", f"b {i}?", str(i % 2)] for i in range(2200)]
+    torn = [["7", "1", "2", "What is"], ["this?", "And that?", "0"]]
+    write_tsv(tmp_path / "train.tsv", header, rows[:50] + torn + rows[50:])
+    write_tsv(tmp_path / "dev.tsv", header, rows[:3])
+    task = load_task("qqp", TaskSource(str(tmp_path)))
+    assert len(task.train) + len(task.validation) == 2200
+    assert "2 torn lines are left out; line 52 has 4 fields" in caplog.text
+    write_tsv(tmp_path / "train.tsv", header, rows[:50] + torn + rows[50:1500])
+    with pytest.raises(ValueError, match="line 52 has 4 fields; 6 are expected"):
+        load_task("qqp", TaskSource(str(tmp_path)))
 
 
 def test_mnli_takes_the_matched_development_set(tmp_path: Path) -> None:
@@ -84,6 +100,59 @@ def test_e2e_gathers_the_references_of_one_meaning(tmp_path: Path) -> None:
     task = load_task("e2e", TaskSource(str(tmp_path)))
     assert [example.references for example in task.test] == [(" One.", " Two.")]
     assert task.train[0].text.startswith("name[")
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str | None]]:
+    """A hub that has these splits whatever it is asked for; what it was asked for."""
+    asked: list[tuple[str, str | None]] = []
+
+    class Hub:
+        @staticmethod
+        def load_dataset(name: str, configuration: str | None) -> Any:
+            asked.append((name, configuration))
+            if name == "someone/gone":
+                raise FileNotFoundError("no such data set\nwith much advice")
+            return splits
+
+    monkeypatch.setitem(sys.modules, "datasets", Hub)
+    return asked
+
+
+def test_glue_comes_from_the_hub_where_no_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MNLI's development set has two halves there; the test split, without labels, is not looked at."""
+    train = [{"premise": f"p {i}", "hypothesis": f"h {i}", "label": i % 3} for i in range(40)]
+    splits = {
+        "train": train,
+        "validation_matched": train[:4],
+        "validation_mismatched": train[5:20],
+        "test_matched": [{"premise": "p", "hypothesis": "h", "label": -1}],
+    }
+    asked = hub(monkeypatch, splits)
+    task = load_task("mnli")
+    assert asked == [("nyu-mll/glue", "mnli")]
+    assert [(e.text, e.pair, e.label) for e in task.test] == [(f"p {i}", f"h {i}", i % 3) for i in range(4)]
+    assert len(task.train) + len(task.validation) == 40
+
+
+def test_a_hub_data_set_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"review": f"text {i}", "stars": i % 2} for i in range(200)]
+    asked = hub(monkeypatch, {"train": rows[:150], "test": rows[150:]})
+    task = load_task("custom", TaskSource("someone/reviews", text="review", label="stars"))
+    assert asked == [("someone/reviews", None)]
+    assert [example.text for example in task.test] == [f"text {i}" for i in range(150, 200)]
+    assert task.labels == ("0", "1") and task.validation and len(task.train) + len(task.validation) == 150
+    with pytest.raises(ValueError, match=r"'someone/gone' could not be read: no such data set\. Accepted is"):
+        load_task("custom", TaskSource("someone/gone"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="needs the package 'datasets'"):
+        load_task("custom", TaskSource("someone/reviews"))
+
+
+def test_e2e_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"meaning_representation": f"name[{i // 2}]", "target": f"Place {i}."} for i in range(40)]
+    hub(monkeypatch, {"train": rows, "validation": rows[:4]})
+    task = load_task("e2e")
+    assert [example.references for example in task.test] == [(" Place 0.", " Place 1."), (" Place 2.", " Place 3.")]
 
 
 def test_a_custom_file_is_split_and_its_labels_found(tmp_path: Path) -> None:
