@@ -25,7 +25,7 @@ import psutil
 
 from benchmarks.record import make_record, parser, write_record
 
-PROMPTS, LONGEST_ANSWER = 24, 32
+PROMPTS, LONGEST_PROMPT, LONGEST_ANSWER = 24, 120, 32  # the longest ones in words and in tokens
 WORDS = ("river", "stone", "window", "paper", "garden", "winter", "letter", "market", "engine", "silver", "bridge")
 HANG_UP, STREAMED = 1 / 3, 0.6
 RETRY_SECONDS = 0.5  # after a 429
@@ -112,11 +112,13 @@ def slope_per_minute(points: Sequence[tuple[float, float]]) -> float:
     return 60 * sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
 
 
-async def flood(port: int, pid: int, clients: int, seconds: float) -> tuple[Flood, dict[str, float]]:
-    """First every prompt alone, then all clients at once; figures are of the server."""
+async def flood(
+    port: int, pid: int, clients: int, seconds: float, words: int = LONGEST_PROMPT
+) -> tuple[Flood, dict[str, float]]:
+    """First every prompt alone, then all clients at once; figures are of the server. `words`: of the longest prompt."""
     process = psutil.Process(pid)
     rng = random.Random(0)
-    state = Flood(port, [_body(rng) for _ in range(PROMPTS)])
+    state = Flood(port, [_body(rng, words) for _ in range(PROMPTS)])
     state.expected = [(await answer_of(port, body | {"stream": False}))[1] for body in state.bodies]
     before = process.memory_info().rss / 1e6
     end = time.monotonic() + seconds
@@ -141,8 +143,8 @@ async def flood(port: int, pid: int, clients: int, seconds: float) -> tuple[Floo
     }
 
 
-def _body(rng: random.Random) -> dict[str, Any]:
-    prompt = " ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 120)))
+def _body(rng: random.Random, longest: int) -> dict[str, Any]:
+    prompt = " ".join(rng.choice(WORDS) for _ in range(rng.randint(5, longest)))
     return {"prompt": prompt, "max_tokens": rng.randint(1, LONGEST_ANSWER), "temperature": 0, "ignore_eos": True}
 
 
