@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -167,6 +168,38 @@ def test_chat_logprobs(engine: LLMEngine) -> None:
     assert len(tokens) == 5
     assert all(len(token["top_logprobs"]) == 3 for token in tokens)
     assert all(token["logprob"] == pytest.approx(token["top_logprobs"][0]["logprob"]) for token in tokens)
+
+
+def test_tools_reach_the_chat_template(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the template writes them, with calls and their results; left out where no tool is to be called."""
+    folder = tmp_path / "tools"
+    shutil.copytree(tiny_folder("llama"), folder)
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    own = LLMEngine.from_folder(folder, dtype="float32", kv_cache_gb=0.01, compile=False)
+    seen: list[str] = []
+    encode = own.tokenizer.encode
+
+    def note(text: str, special: bool = True) -> list[int]:
+        seen.append(text)
+        return encode(text, special)
+
+    monkeypatch.setattr(own.tokenizer, "encode", note)
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    called = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "content": "dry", "tool_call_id": "1"},
+    ]
+    for choice in ("auto", "none"):
+        body = CHAT | {"messages": messages, "tools": [tool], "tool_choice": choice}
+        assert ask(own, "/v1/chat/completions", body).status_code == 200
+    offered, withheld = seen
+    assert offered == json.dumps([tool]) + withheld
+    assert '"name": "weather", "arguments": "{}"' in withheld and '"tool_call_id": "1"' in withheld
 
 
 def test_stop_string_ends_the_text(engine: LLMEngine) -> None:
