@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import socket
 import threading
@@ -20,6 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from serve.options import ServeOptions
+from serve.process import settle, share_processors
 from serve.quick_torch import import_torch
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
         web.join()
         from serve.api.server import Server
 
-        gc.collect()
-        gc.freeze()  # what is loaded stays: later collections need not look through a million objects
+        settle()
         server = Server(engine, options, listener)
         say(_summary(options, engine, listener, time.perf_counter() - began))
         return asyncio.run(server.run())
@@ -55,6 +54,7 @@ def load_engine(options: ServeOptions) -> LLMEngine:
     # Plain weights go through oneDNN, which keeps a primitive for every batch size it ever saw, 1024 by default.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(_tokenizer, options)  # beside the import: it holds no lock
+    share_processors()
     import_torch()
     from serve.engine.config import EngineConfig
     from serve.engine.llm_engine import LLMEngine
@@ -82,6 +82,7 @@ def load_encoder(options: ServeOptions) -> EncoderEngine:
         raise ValueError("--prompt-lookup and --kv-cache-dtype are for models that write text; leave them out")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(_tokenizer, options)
+    share_processors()
     import_torch()
     from serve.engine.encoder import EncoderConfig, EncoderEngine
 
