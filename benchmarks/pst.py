@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pst_arms import PATTERNS, PstArm, arms
+from benchmarks.pst_arms import METHODS, PATTERNS, SCORES, PstArm, arms, grid
 from benchmarks.record import make_record, parser, recorded_rows, take_in_recorded, write_record
 
 _DRAWS = 10_000
 _QUICK_EXAMPLES = 256
+_WRITING_EXAMPLES = 2000
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,18 +31,22 @@ def main(argv: Sequence[str]) -> int:
     flags.add_argument("--encoder", default="pypi:all-minilm-l6-v2", help="BERT-like encoder (default: %(default)s)")
     flags.add_argument("--model", default="pypi:smollm2-135m-instruct", help="language model (default: %(default)s)")
     flags.add_argument("--patterns", default=",".join(PATTERNS), help="mask shapes (default: %(default)s)")
+    flags.add_argument("--methods", default=",".join((*METHODS, *SCORES)), help="only these (default: %(default)s)")
     flags.add_argument("--seeds", type=int, default=3, help="runs of each arm (default: %(default)s)")
     flags.add_argument("--examples", type=int, default=4000, help="sentences to train on (default: %(default)s)")
+    flags.add_argument("--test", type=int, help="sentences to test on (default: all 3.7k)")
     flags.add_argument("--epochs", type=float, default=3.0, help="passes over them (default: %(default)s)")
+    flags.add_argument("--grid", action="store_true", help="each method's learning rates, on validation sentences")
     flags.add_argument("--ablation", action="store_true", help="the score without its learned terms, too")
     flags.add_argument("--correlation", action="store_true", help="the learned score against the true one")
     flags.add_argument("--cost", action="store_true", help="memory and time of a step at BERT-base's size")
     flags.add_argument("--generation", action="store_true", help="SmolLM2 writing sentences: dense, movement, PST")
     flags.add_argument("--writings", type=int, default=200, help="sentences to write (default: %(default)s)")
+    flags.add_argument("--work", type=Path, metavar="DIR", help="where a writing arm that is killed goes on from")
     flags.add_argument("--minutes", type=float, default=math.inf, help="start no further row after so long")
     options = flags.parse_args(list(argv))
     if options.quick:
-        options.examples, options.epochs, options.seeds = _QUICK_EXAMPLES, 1.0, 1
+        options.examples, options.test, options.epochs, options.seeds = _QUICK_EXAMPLES, _QUICK_EXAMPLES, 1.0, 1
     rows = recorded_rows(options.json, "pst")
     for make in _wanted(options, {row["arm"] for row in rows}):
         if (time.monotonic() - _STARTED) / 60 > options.minutes:
@@ -69,12 +74,16 @@ def _write(options: Any, argv: Sequence[str], rows: list[dict[str, Any]]) -> Non
 
 def _wanted(options: Any, known: set[str]) -> list[Any]:
     """What is to be made, as functions that return rows."""
-    from benchmarks.pst_cost import cost_row
+    from benchmarks.pst_cost import memory_row, time_row
 
     bench = Bench(options)
     makers: list[Any] = []
+    methods = options.methods.split(",")
+    for arm in grid() if options.grid else ():
+        if arm.method in methods and f"grid: {arm.label}" not in known:
+            makers.append(lambda arm=arm: bench.validate(arm))
     for arm in arms(tuple(options.patterns.split(",")), options.seeds, ablation=options.ablation):
-        if arm.label not in known:
+        if arm.method in methods and arm.label not in known:
             makers.append(lambda arm=arm: bench.classify(arm))
     if options.generation:
         for method in ("dense", "movement", "pst"):
@@ -83,8 +92,8 @@ def _wanted(options: Any, known: set[str]) -> list[Any]:
                 makers.append(lambda arm=arm: bench.write(arm))
     if options.correlation and "correlation" not in known:
         makers.append(bench.correlation)
-    if options.cost and "cost" not in known:
-        makers.append(cost_row)
+    if options.cost:
+        makers += [make for name, make in (("memory", memory_row), ("step time", time_row)) if name not in known]
     return makers
 
 
@@ -94,30 +103,41 @@ class Bench:
     def __init__(self, options: Any) -> None:
         self.options = options
 
-    def _prepared(self, model: str, task: str, test: int | None) -> tuple[Path, Any, Any]:
+    def _prepared(self, model: str, task: str, test: int | None, train: int | None = None) -> tuple[Path, Any, Any]:
         from compressor.models import fetch_model, load_tokenizer
         from compressor.tasks import load_task
 
         folder = fetch_model(model)
-        return folder, load_tokenizer(folder), load_task(task).limited(self.options.examples, test, 0)
+        return folder, load_tokenizer(folder), load_task(task).limited(train or self.options.examples, test, 0)
 
     def classify(self, arm: PstArm) -> dict[str, Any]:
         """Accuracy on the test sentences."""
-        from benchmarks.pst_arms import LENGTH, train_classifier
-        from compressor.tasks.encoding import encode_labelled
-        from compressor.tasks.evaluation import predict
-
-        folder, tokenizer, task = self._prepared(
-            self.options.encoder, "rotten-tomatoes", _QUICK_EXAMPLES if self.options.quick else None
-        )
-        model, cost = train_classifier(folder, tokenizer, task, arm, self.options.epochs)
-        encoded = encode_labelled(tokenizer, task.test, LENGTH, regression=False)
-        right = np.array(predict(model, encoded)) == encoded.labels.numpy()
+        right, cost = self._answers(arm, "test")
         return {
             "arm": arm.label, "method": arm.method, "pattern": arm.pattern, "seed": arm.seed,
             "accuracy": float(right.mean()), "test_examples": len(right), **cost,
             "right": np.packbits(right).tobytes().hex(),
         }  # fmt: skip
+
+    def validate(self, arm: PstArm) -> dict[str, Any]:
+        """Accuracy on the validation sentences, by which a rate may be chosen."""
+        right, cost = self._answers(arm, "validation")
+        return {
+            "arm": f"grid: {arm.label}", "kind": "grid", "method": arm.method, "pattern": arm.pattern,
+            "rate": arm.rate, "validation_accuracy": float(right.mean()), "validation_examples": len(right),
+            "training_seconds": cost["training_seconds"],
+        }  # fmt: skip
+
+    def _answers(self, arm: PstArm, split: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """Which sentences of a split the arm's model classes rightly [N], and what its training cost."""
+        from benchmarks.pst_arms import LENGTH, train_classifier
+        from compressor.tasks.encoding import encode_labelled
+        from compressor.tasks.evaluation import predict
+
+        folder, tokenizer, task = self._prepared(self.options.encoder, "rotten-tomatoes", self.options.test)
+        model, cost = train_classifier(folder, tokenizer, task, arm, self.options.epochs)
+        encoded = encode_labelled(tokenizer, getattr(task, split), LENGTH, regression=False)
+        return np.array(predict(model, encoded)) == encoded.labels.numpy(), cost
 
     def write(self, arm: PstArm) -> dict[str, Any]:
         """BLEU and ROUGE-L of what the model writes, by beam search."""
@@ -125,10 +145,10 @@ class Bench:
         from compressor.tasks.evaluation import evaluate
 
         options = self.options
-        count = min(options.examples, 2000)
-        folder, tokenizer, task = self._prepared(options.model, "story-words", options.writings)
-        task = task.limited(count, None, 0)
-        model, cost = train_writer(folder, tokenizer, task, arm, 1.0)
+        count = options.examples if options.quick else _WRITING_EXAMPLES
+        folder, tokenizer, task = self._prepared(options.model, "story-words", options.writings, count)
+        work_dir = options.work and options.work / arm.method
+        model, cost = train_writer(folder, tokenizer, task, arm, 1.0, work_dir)
         found = evaluate(model, tokenizer, task, task.test, length=LENGTH)
         return {
             "arm": f"writing: {arm.label}", "kind": "writing", "method": arm.method, "pattern": arm.pattern,
@@ -189,12 +209,10 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         result["pst_vs_movement_accuracy_points"] = min(points[0] for points in found)
     if dense := comparison(rows, "pst", "dense", "2:4"):
         result["pst24_vs_dense_accuracy_points"] = dense[0]
-    trained = {row["method"]: row["trained_parameters"] for row in rows if row.get("method") in ("pst", "movement")}
-    if len(trained) == 2:
-        result["trained_parameters_vs_movement"] = trained["pst"] / trained["movement"]
-    state = {row["method"]: row["optimizer_bytes"] for row in rows if row.get("method") in ("pst", "movement")}
-    if len(state) == 2:
-        result["optimizer_bytes_vs_movement"] = state["pst"] / state["movement"]
+    classified = {row["method"]: row for row in rows if "right" in row}
+    if classified.keys() >= {"pst", "movement"}:
+        for key in ("trained_parameters", "optimizer_bytes"):
+            result[f"{key}_vs_movement"] = classified["pst"][key] / classified["movement"][key]
     for row in rows:
         result |= row.get("figures", {})
     return result
@@ -203,6 +221,8 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _sentence(row: Mapping[str, Any]) -> str:
     if "accuracy" in row:
         return f"{row['arm']}: accuracy {row['accuracy']:.4f}, {row['trained_parameters']:,} parameters trained"
+    if "validation_accuracy" in row:
+        return f"{row['arm']}: validation accuracy {row['validation_accuracy']:.4f}"
     if "figures" in row:
         return f"{row['arm']}: " + ", ".join(f"{key} {value:.4f}" for key, value in row["figures"].items())
     return f"{row['arm']}: BLEU {row['bleu']:.2f}, ROUGE-L {row['rouge_l']:.4f}"
@@ -227,5 +247,5 @@ def _print(rows: Sequence[Mapping[str, Any]]) -> None:
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     for row in rows:
-        if row.get("kind") == "writing":
+        if row.get("kind") in ("writing", "grid"):
             print(_sentence(row))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.pst import comparison, headline, main, paired_interval
-from benchmarks.pst_arms import SCORES, arms, settings_of
+from benchmarks.pst_arms import RATES, SCORES, arms, grid, settings_of
 from benchmarks.pst_cost import trainable_share
 from benchmarks.record import take_in_recorded
 
@@ -38,6 +38,18 @@ def test_arms_stand_once_and_have_settings() -> None:
         assert method in ("pst", "dense", "movement", "magnitude", "lora-magnitude")
 
 
+def test_every_method_has_the_best_it_can_take_of_the_same_rates() -> None:
+    tried: dict[str, list[float]] = {}
+    for arm in grid():
+        rate = settings_of(arm.method, arm.rate)[1].learning_rate
+        assert rate == arm.rate and f"rate {rate:g}" in arm.label
+        tried.setdefault(arm.method, []).append(rate)
+    assert tried.keys() == {"pst", "dense", "movement", "magnitude", "lora-magnitude"}
+    for method, rates in tried.items():
+        assert tuple(rates) == RATES
+        assert settings_of(method)[1].learning_rate in RATES
+
+
 def test_an_interval_holds_the_difference_and_narrows_where_both_err_alike() -> None:
     base = answers(0.8, 0)
     worse = base.copy()
@@ -60,6 +72,8 @@ def test_headline_takes_the_worst_mask_shape_against_movement() -> None:
         row("pst", "90%", 0, answers(0.60, 6), **cost),
         row("movement", "90%", 0, answers(0.65, 7), **full),
         {"arm": "correlation", "kind": "cost", "figures": {"score_rank_correlation": 0.5}},
+        {"arm": "writing: pst", "kind": "writing", "method": "pst", "pattern": "2:4", "trained_parameters": 7},
+        {"arm": "grid: pst", "kind": "grid", "method": "pst", "pattern": "2:4", "validation_accuracy": 0.9},
     ]
     found = headline(rows)
     against = comparison(rows, "pst", "movement", "90%")
