@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,7 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Measures what the record lacks, and writes it after every group of rows."""
     if not options.vllm_python or not options.dense:
         raise ValueError("--runtime vllm needs --vllm-python (a Python that has vLLM and halfweight) and --dense")
+    signal.signal(signal.SIGTERM, _leave)
     rounds = 1 if options.quick else options.rounds
     rows: Rows = read_record(options.json, "serving")["rows"] if options.json and options.json.is_file() else []
     models: dict[str, tuple[dict[str, Path | None], tuple[int, ...]]] = {
@@ -62,6 +64,10 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
     for key, value in headline.items():
         print(f"{key:34} {value:.3f}")
     return 0
+
+
+def _leave(*_: object) -> None:
+    raise SystemExit(143)  # on the way out the servers are stopped
 
 
 def _write(file: Path | None, argv: Sequence[str], rows: Rows) -> None:

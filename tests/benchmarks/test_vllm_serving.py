@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import vllm_serving
+from benchmarks import serving, vllm_serving
+from benchmarks.record import read_record
 from benchmarks.vllm_serving import DENSE, INT4, LARGE, PACKED, SMALL, summarise
 
 
@@ -58,6 +62,31 @@ def test_only_what_the_record_lacks_is_measured(monkeypatch: pytest.MonkeyPatch)
         [("streams", PACKED, 8), ("streams", DENSE, 8)],
     ]
     assert list(vllm_serving.missing([*rows, *chain(*groups)], SMALL, arms, (1, 8), "python", 1)) == []
+
+
+def test_servers_are_stopped_when_the_command_is_told_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stopped = []
+
+    def missing(*_: object) -> Iterator[list[dict[str, Any]]]:
+        yield [linears(PACKED, 1, 1)]
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield [linears(DENSE, 1, 1)]
+        finally:
+            stopped.append(True)
+
+    monkeypatch.setattr(vllm_serving, "missing", missing)
+    before = signal.getsignal(signal.SIGTERM)
+    record = tmp_path / "vllm.json"
+    command = ["packed", "--runtime", "vllm", "--dense", "dense", "--vllm-python", "python", "--json", str(record)]
+    try:
+        with pytest.raises(SystemExit) as left:
+            serving.main(command)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 143
+    assert stopped == [True]
+    assert [row["server"] for row in read_record(record, "serving")["rows"]] == [PACKED]
 
 
 def test_a_script_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
