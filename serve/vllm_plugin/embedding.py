@@ -58,14 +58,15 @@ class HalfweightEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         """[..., hidden]: the rows `ids`."""
-        rows: Tensor = layer.packed(ids.long())  # vLLM's are of 32 bits
+        rows: Tensor = layer.packed(ids)
         return rows.to(layer.params_dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[..., vocabulary]; a tied head's in float32."""
-        if not hasattr(layer, "tied_to"):
+        """[..., vocabulary]; in float32 by a tied head, or by the embedding itself, which some models use as theirs."""
+        table = layer.tied_to[0] if hasattr(layer, "tied_to") else layer
+        if not hasattr(table, "packed_head"):
             return run(layer.packed, x, bias)
-        head = layer.tied_to[0].packed_head
+        head = table.packed_head
         return run(head, x.float() if isinstance(head, KernelLinear) else x, bias)
 
 
