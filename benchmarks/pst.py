@@ -8,6 +8,7 @@ not made again. Intervals are paired: a bootstrap over seeds and test sentences 
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -125,7 +126,7 @@ class Bench:
         return {
             "arm": f"grid: {arm.label}", "kind": "grid", "method": arm.method, "pattern": arm.pattern,
             "rate": arm.rate, "validation_accuracy": float(right.mean()), "validation_examples": len(right),
-            "training_seconds": cost["training_seconds"],
+            "train_examples": cost["train_examples"], "training_seconds": cost["training_seconds"],
         }  # fmt: skip
 
     def _answers(self, arm: PstArm, split: str) -> tuple[np.ndarray, dict[str, Any]]:
@@ -137,7 +138,8 @@ class Bench:
         folder, tokenizer, task = self._prepared(self.options.encoder, "rotten-tomatoes", self.options.test)
         model, cost = train_classifier(folder, tokenizer, task, arm, self.options.epochs)
         encoded = encode_labelled(tokenizer, getattr(task, split), LENGTH, regression=False)
-        return np.array(predict(model, encoded)) == encoded.labels.numpy(), cost
+        right = np.array(predict(model, encoded)) == encoded.labels.numpy()
+        return right, {"train_examples": len(task.train), **cost}
 
     def write(self, arm: PstArm) -> dict[str, Any]:
         """BLEU and ROUGE-L of what the model writes, by beam search."""
@@ -150,6 +152,8 @@ class Bench:
         work_dir = options.work and options.work / arm.method
         model, cost = train_writer(folder, tokenizer, task, arm, 1.0, work_dir)
         found = evaluate(model, tokenizer, task, task.test, length=LENGTH)
+        if work_dir:
+            shutil.rmtree(work_dir)
         return {
             "arm": f"writing: {arm.label}", "kind": "writing", "method": arm.method, "pattern": arm.pattern,
             "train_examples": count, "test_examples": len(task.test), **found, **cost,

@@ -94,7 +94,9 @@ def test_a_classifier_is_fine_tuned_pruned_packed_and_loaded(tuned: Path) -> Non
     assert {scheme.format for scheme in packed_modules(checkpoint).values()} == {f"sparse24_{values}", "int8"}
     card = (tuned / "README.md").read_text()
     accuracy = re.search(r"\| test accuracy \| ([\d.]+) \|", card)
-    assert accuracy is not None and float(accuracy[1]) > 0.9
+    commonest = re.search(r"\| test share of commonest class \| ([\d.]+) \|", card)
+    assert accuracy is not None and commonest is not None
+    assert float(accuracy[1]) > 0.9 and 0.5 <= float(commonest[1]) < 0.7
     assert "text-classification" in card
     assert re.search(r"\| trained parameters \| [\d,]+ \([\d.]+% of the model's\) \|", card)
     for label, words in enumerate(WORDS.values()):
