@@ -156,7 +156,10 @@ def consume(python: str, script: str, folder: Path, *extra: object, windows: Any
         given.write_text(json.dumps(windows))
         files = [str(out)] if windows is None else [str(given), str(out)]
         command = [python, str(_CONSUMERS / script), str(folder.resolve()), *files, *map(str, extra)]
-        done = subprocess.run(command, env=os.environ | _SETTINGS, capture_output=True, text=True, check=False)
+        # As many threads as vLLM's server has, which leaves a core to its scheduler.
+        threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1))}
+        settings = os.environ | _SETTINGS | threads
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ValueError(f"{script} failed on {folder.name}: {(done.stderr or done.stdout)[-1500:]}")
         return json.loads(out.read_text())
