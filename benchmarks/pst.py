@@ -80,6 +80,9 @@ def _wanted(options: Any, known: set[str]) -> list[Any]:
     bench = Bench(options)
     makers: list[Any] = []
     methods = options.methods.split(",")
+    for name in methods:
+        if name not in (*METHODS, *SCORES):
+            raise ValueError(f"no method {name!r}; accepted: {', '.join((*METHODS, *SCORES))}")
     for arm in grid() if options.grid else ():
         if arm.method in methods and f"grid: {arm.label}" not in known:
             makers.append(lambda arm=arm: bench.validate(arm))

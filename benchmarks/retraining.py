@@ -53,12 +53,13 @@ def main(argv: Sequence[str]) -> int:
             break
         if not any(row["arm"] == arm.label for row in rows):
             rows.append(bench.made(arm))
+            _write(options, argv, rows)
             print(_sentence(rows[-1]), flush=True)
         row = to_measure(rows, table, arm)
         if row is not None:
             row |= bench.measured(row["arm"])
+            _write(options, argv, rows)
             print(_sentence(row), flush=True)
-        _write(options, argv, rows)
     if options.cost:
         from benchmarks.training_cost import cost_rows
 

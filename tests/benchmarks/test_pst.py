@@ -106,3 +106,8 @@ def test_a_record_that_is_complete_is_only_shown(tmp_path: Path, capsys: pytest.
     assert main(["--patterns", "2:4", "--seeds", "1", "--json", str(file)]) == 0
     assert "pst24_vs_dense_accuracy_points" in capsys.readouterr().out
     assert torch.tensor([entry["accuracy"] for entry in json.loads(file.read_text())["rows"]]).min() > 0.5
+
+
+def test_unknown_methods_are_refused() -> None:
+    with pytest.raises(ValueError, match="no method 'adam'; accepted: dense, movement, pst"):
+        main(["--methods", "dense,adam"])
