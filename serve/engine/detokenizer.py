@@ -24,10 +24,9 @@ class _ByBytes:
     def __init__(self, decoder: Decoder, context: list[int], skip_special: bool) -> None:
         self._decoder, self._skip_special = decoder, skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._own = False
         for token in context:
-            self.push(token)
-        self._own = False  # bytes of the context alone are nobody's answer
+            self._utf8.decode(decoder.token_bytes(token, skip_special))
+        self._own = False  # whether any byte is the answer's own
 
     def push(self, token: int) -> str:
         found = self._decoder.token_bytes(token, self._skip_special)
