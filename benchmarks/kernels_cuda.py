@@ -44,13 +44,15 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
         for shape in model.shapes:
             for name in FORMATS:
                 rows += measure(model, shape, name, BATCHES[:2] if options.quick else BATCHES, options.quick)
-    numbers = headline(rows)
-    print(json.dumps(numbers, indent=1))
-    if options.json:
-        device = torch.cuda.get_device_properties(0)
-        more = {"device": device.name, "capability": [device.major, device.minor], "cuda": torch.version.cuda}
-        write_record(options.json, make_record("kernels", argv, rows, numbers, **more))
+        if options.json:
+            write_record(options.json, make_record("kernels", argv, rows, headline(rows), **_device()))
+    print(json.dumps(headline(rows), indent=1))
     return 0
+
+
+def _device() -> dict[str, Any]:
+    device = torch.cuda.get_device_properties(0)
+    return {"device": device.name, "capability": [device.major, device.minor], "cuda": torch.version.cuda}
 
 
 def measure(
@@ -61,9 +63,8 @@ def measure(
     group = -1 if name in ("sparse24_int8", "sparse24_fp8") else model.group
     scheme = Scheme(name, group)
     fmt = make_format(scheme)
-    weight = torch.randn(shape) * 0.02
+    weight = torch.randn(shape, device="cuda") * 0.02
     stored = fmt.pack(rtn(weight * n_m_mask(weight.abs()), None, scheme))
-    stored = {part: tensor.cuda() for part, tensor in stored.items()}
     dense = fmt.unpack(stored)
     size = sum(tensor.nbytes for tensor in stored.values())
     copies = 2 if quick else max(2, -(-256_000_000 // size))

@@ -56,7 +56,7 @@ def accuracy(model: Any, items: Sequence[Item]) -> dict[str, Any]:
     """Share of items whose word the model would write greedily, with the standard error."""
     right = 0
     for item in items:
-        ids = torch.tensor([item.context + item.word])
+        ids = torch.tensor([item.context + item.word], device=model.device)
         guessed = model(input_ids=ids).logits[0, len(item.context) - 1 : -1].argmax(-1)
         right += int(guessed.tolist() == item.word)
     share = right / len(items)

@@ -11,14 +11,16 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
-from benchmarks.pst_arms import METHODS, PATTERNS, SCORES, PstArm, arms, grid
+from benchmarks.pst_arms import METHODS, PATTERNS, SCORES, PstArm, arms, as_chosen, grid
 from benchmarks.record import make_record, parser, recorded_rows, take_in_recorded, write_record
 
 _DRAWS = 10_000
@@ -34,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
     flags.add_argument("--patterns", default=",".join(PATTERNS), help="mask shapes (default: %(default)s)")
     flags.add_argument("--methods", default=",".join((*METHODS, *SCORES)), help="only these (default: %(default)s)")
     flags.add_argument("--seeds", type=int, default=3, help="runs of each arm (default: %(default)s)")
-    flags.add_argument("--examples", type=int, default=4000, help="sentences to train on (default: %(default)s)")
+    flags.add_argument("--examples", type=int, help="sentences to train on (default: all 6.6k)")
+    flags.add_argument("--jobs", type=int, default=1, help="rows made side by side: more than 1 on a GPU")
     flags.add_argument("--test", type=int, help="sentences to test on (default: all 3.7k)")
     flags.add_argument("--epochs", type=float, default=3.0, help="passes over them (default: %(default)s)")
     flags.add_argument("--grid", action="store_true", help="each method's learning rates, on validation sentences")
@@ -49,13 +52,13 @@ def main(argv: Sequence[str]) -> int:
     if options.quick:
         options.examples, options.test, options.epochs, options.seeds = _QUICK_EXAMPLES, _QUICK_EXAMPLES, 1.0, 1
     rows = recorded_rows(options.json, "pst")
-    for make in _wanted(options, {row["arm"] for row in rows}):
-        if (time.monotonic() - _STARTED) / 60 > options.minutes:
-            print("out of time: the same command goes on with the rows that are missing")
-            break
-        rows.append(make())
-        print(_sentence(rows[-1]), flush=True)
-        _write(options, argv, rows)
+    _check(options)
+    for jobs in _wanted(options):  # the grid first: it decides on what follows
+        missing = [(kind, arm) for label, kind, arm in jobs if label not in {row["arm"] for row in rows}]
+        for row in _made(options, [(kind, arm and as_chosen(arm, rows)) for kind, arm in missing]):
+            rows.append(row)
+            print(_sentence(row), flush=True)
+            _write(options, argv, rows)
     _write(options, argv, rows)
     _print(rows)
     for key, value in headline(rows).items():
@@ -73,32 +76,65 @@ def _write(options: Any, argv: Sequence[str], rows: list[dict[str, Any]]) -> Non
         write_record(options.json, make_record("pst", argv, rows, headline(rows), settings=settings))
 
 
-def _wanted(options: Any, known: set[str]) -> list[Any]:
-    """What is to be made, as functions that return rows."""
-    from benchmarks.pst_cost import memory_row, time_row
-
-    bench = Bench(options)
-    makers: list[Any] = []
-    methods = options.methods.split(",")
-    for name in methods:
+def _check(options: Any) -> None:
+    for name in options.methods.split(","):
         if name not in (*METHODS, *SCORES):
             raise ValueError(f"no method {name!r}; accepted: {', '.join((*METHODS, *SCORES))}")
-    for arm in grid() if options.grid else ():
-        if arm.method in methods and f"grid: {arm.label}" not in known:
-            makers.append(lambda arm=arm: bench.validate(arm))
-    for arm in arms(tuple(options.patterns.split(",")), options.seeds, ablation=options.ablation):
-        if arm.method in methods and arm.label not in known:
-            makers.append(lambda arm=arm: bench.classify(arm))
+
+
+Job = tuple[str, str, "PstArm | None"]
+"""Label of the row, what makes it (a key of _MAKERS), and its arm."""
+
+
+def _wanted(options: Any) -> list[list[Job]]:
+    """What is to be in the record, in rounds."""
+    methods, patterns = options.methods.split(","), tuple(options.patterns.split(","))
+    tried = [arm for arm in (grid() if options.grid else ()) if arm.method in methods]
+    found = [arm for arm in arms(patterns, options.seeds, ablation=options.ablation) if arm.method in methods]
+    jobs: list[Job] = [(arm.label, "classify", arm) for arm in found]
     if options.generation:
         for method in ("dense", "movement", "pst"):
             arm = PstArm(method, "none" if method == "dense" else "2:4", 0)
-            if f"writing: {arm.label}" not in known:
-                makers.append(lambda arm=arm: bench.write(arm))
-    if options.correlation and "correlation" not in known:
-        makers.append(bench.correlation)
+            jobs.append((f"writing: {arm.label}", "write", arm))
+    if options.correlation:
+        jobs.append(("correlation", "correlation", PstArm("pst", "2:4", 0)))
     if options.cost:
-        makers += [make for name, make in (("memory", memory_row), ("step time", time_row)) if name not in known]
-    return makers
+        jobs += [("memory", "memory", None), ("step time", "time", None)]
+    return [[(arm.tried, "validate", arm) for arm in tried], jobs]
+
+
+def _made(options: Any, jobs: Sequence[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of some jobs as they are made, `--jobs` at a time."""
+    if options.jobs == 1:
+        for kind, arm in jobs:
+            if _late(options):
+                return
+            yield _row(options, kind, arm)
+        return
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(_row, options, kind, arm) for kind, arm in jobs]):
+            yield future.result()
+            if _late(options):
+                pool.shutdown(cancel_futures=True)
+                return
+
+
+def _late(options: Any) -> bool:
+    late = (time.monotonic() - _STARTED) / 60 > options.minutes
+    if late:
+        print("out of time: the same command goes on with the rows that are missing")
+    return late
+
+
+def _row(options: Any, kind: str, arm: PstArm | None) -> dict[str, Any]:
+    from benchmarks.pst_cost import memory_row, time_row
+
+    bench = Bench(options)
+    makers: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "validate": bench.validate, "classify": bench.classify, "write": bench.write, "correlation": bench.correlation,
+        "memory": lambda _: memory_row(), "time": lambda _: time_row(),
+    }  # fmt: skip
+    return makers[kind](arm)
 
 
 class Bench:
@@ -119,6 +155,7 @@ class Bench:
         right, cost = self._answers(arm, "test")
         return {
             "arm": arm.label, "method": arm.method, "pattern": arm.pattern, "seed": arm.seed,
+            "rate": arm.rate, "score_rate": arm.score_rate, "rank": arm.rank,
             "accuracy": float(right.mean()), "test_examples": len(right), **cost,
             "right": np.packbits(right).tobytes().hex(),
         }  # fmt: skip
@@ -127,19 +164,22 @@ class Bench:
         """Accuracy on the validation sentences, by which a rate may be chosen."""
         right, cost = self._answers(arm, "validation")
         return {
-            "arm": f"grid: {arm.label}", "kind": "grid", "method": arm.method, "pattern": arm.pattern,
-            "rate": arm.rate, "validation_accuracy": float(right.mean()), "validation_examples": len(right),
+            "arm": arm.tried, "kind": "grid", "method": arm.method, "pattern": arm.pattern, "rate": arm.rate,
+            "score_rate": arm.score_rate, "rank": arm.rank,
+            "validation_accuracy": float(right.mean()), "validation_examples": len(right),
             "train_examples": cost["train_examples"], "training_seconds": cost["training_seconds"],
         }  # fmt: skip
 
     def _answers(self, arm: PstArm, split: str) -> tuple[np.ndarray, dict[str, Any]]:
         """Which sentences of a split the arm's model classes rightly [N], and what its training cost."""
         from benchmarks.pst_arms import LENGTH, train_classifier
+        from compressor.retraining.loop import training_device
         from compressor.tasks.encoding import encode_labelled
         from compressor.tasks.evaluation import predict
 
         folder, tokenizer, task = self._prepared(self.options.encoder, "rotten-tomatoes", self.options.test)
         model, cost = train_classifier(folder, tokenizer, task, arm, self.options.epochs)
+        model.to(training_device())
         encoded = encode_labelled(tokenizer, getattr(task, split), LENGTH, regression=False)
         right = np.array(predict(model, encoded)) == encoded.labels.numpy()
         return right, {"train_examples": len(task.train), **cost}
@@ -147,6 +187,7 @@ class Bench:
     def write(self, arm: PstArm) -> dict[str, Any]:
         """BLEU and ROUGE-L of what the model writes, by beam search."""
         from benchmarks.pst_arms import LENGTH, train_writer
+        from compressor.retraining.loop import training_device
         from compressor.tasks.evaluation import evaluate
 
         options = self.options
@@ -154,6 +195,7 @@ class Bench:
         folder, tokenizer, task = self._prepared(options.model, "story-words", options.writings, count)
         work_dir = options.work and options.work / arm.method
         model, cost = train_writer(folder, tokenizer, task, arm, 1.0, work_dir)
+        model.to(training_device())
         found = evaluate(model, tokenizer, task, task.test, length=LENGTH)
         if work_dir:
             shutil.rmtree(work_dir)
@@ -162,12 +204,12 @@ class Bench:
             "train_examples": count, "test_examples": len(task.test), **found, **cost,
         }  # fmt: skip
 
-    def correlation(self) -> dict[str, Any]:
+    def correlation(self, arm: PstArm) -> dict[str, Any]:
         """Of the learned score with the true one."""
         from benchmarks.pst_arms import score_correlations
 
         prepared = self._prepared(self.options.encoder, "rotten-tomatoes", None)
-        found = score_correlations(*prepared, self.options.epochs)
+        found = score_correlations(*prepared, arm, self.options.epochs)
         return {
             "arm": "correlation", "kind": "cost", "by_layer": found, "figures": {"score_rank_correlation": fmean(found)}
         }  # fmt: skip

@@ -1,12 +1,12 @@
 """The arms of `python -m benchmarks pst`: one method, mask shape and seed each, fine-tuned under the same loop.
 
-Rates are chosen from RATES on held-out *validation* sentences (`--grid`; docs/retraining.md has what it gave); batch,
-epochs, schedule and examples are everybody's.
+Rates are chosen on held-out *validation* sentences at 2:4 (`--grid`), and for PST the score's rate and the rank of U V
+too; batch, epochs, schedule and examples are everybody's. A record's grid decides; where it has none, `PstArm` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from compressor.masks import MaskShape
-from compressor.retraining.loop import LoopSettings
+from compressor.retraining.loop import LoopSettings, training_device
 from compressor.retraining.pst import Pst, PstSettings
+from compressor.retraining.pst_layer import TERMS
 from compressor.retraining.task_training import TaskRun, finetune, start
 from compressor.tasks import Task
 from compressor.tasks.encoding import encode
@@ -26,38 +27,44 @@ BATCH = 32
 LENGTH = 64
 _CHECKPOINT_MINUTES = 3.0
 _LOOP = LoopSettings(batch=BATCH, warmup=0.1, beta2=0.999, kl_weight=0.0)
-# What --grid tries, for every method.
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-# The chosen learning rate of the weights, or of U V; then score and head, as multiples of it.
-_RATES = {
-    "dense": (1e-4, 1.0, 5.0),
-    "movement": (3e-4, 10.0, 5.0),
-    "pst": (3e-4, 0.5, 5.0),
-    "magnitude": (3e-4, 1.0, 5.0),
-    "lora-magnitude": (3e-4, 0.5, 5.0),
-}
-METHODS = tuple(_RATES)
+# What --grid tries, for every method: learning rates of the weights, or of U V.
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+# And for PST: the score's, as a multiple of it, and the rank of U V.
+_SCORE_RATES, _RANKS = (0.1, 1.0), (8, 64)
+_HEAD_RATE = 5.0
+METHODS = ("dense", "movement", "pst", "magnitude", "lora-magnitude")
+_LOW_RANK = ("pst", "lora-magnitude")
 # The ablation: PST's score without one or both of its learned terms.
 SCORES = {"pst |W'|": ("magnitude",), "pst |W'| + AB": ("magnitude", "low_rank")}
 
 
 @dataclass(frozen=True)
 class PstArm:
-    """One row: `method` is a key of _RATES or of SCORES; the pattern of `dense` says nothing.
+    """One row: `method` is one of METHODS or of SCORES; the pattern of `dense` says nothing.
 
     Args:
-        rate: one to try in place of the method's own.
+        rate: of the weights, or of U V.
+        score_rate: of the score's matrices, times the rate.
+        rank: of U V.
     """
 
     method: str
     pattern: str
     seed: int
-    rate: float | None = None
+    rate: float = 3e-4
+    score_rate: float = 0.5
+    rank: int = 8
 
     @property
     def label(self) -> str:
-        tried = "" if self.rate is None else f", rate {self.rate:g}"
-        return f"{self.method}, {self.pattern}, seed {self.seed}{tried}"
+        return f"{self.method}, {self.pattern}, seed {self.seed}"
+
+    @property
+    def tried(self) -> str:
+        """The label of a row of the grid."""
+        more = f", score {self.score_rate:g}" if self.method == "pst" else ""
+        more += f", rank {self.rank}" if self.method in _LOW_RANK else ""
+        return f"grid: {self.method}, {self.pattern}, rate {self.rate:g}{more}"
 
 
 def arms(patterns: tuple[str, ...], seeds: int, *, ablation: bool) -> Iterator[PstArm]:
@@ -73,19 +80,29 @@ def arms(patterns: tuple[str, ...], seeds: int, *, ablation: bool) -> Iterator[P
 
 
 def grid() -> Iterator[PstArm]:
-    """Every method at every rate."""
-    for rate in RATES:
-        for method in METHODS:
-            yield PstArm(method, "none" if method == "dense" else "2:4", 0, rate)
+    """Every method at every setting."""
+    for method in METHODS:
+        for rate in RATES:
+            for rank in _RANKS if method in _LOW_RANK else _RANKS[:1]:
+                for score in _SCORE_RATES if method == "pst" else (0.5,):
+                    yield PstArm(method, "none" if method == "dense" else "2:4", 0, rate, score, rank)
 
 
-def settings_of(method: str, tried: float | None = None) -> tuple[str, LoopSettings, PstSettings]:
-    """The method's name in the package, its loop and its settings; with the rate that is tried, if one is."""
-    own = "pst" if method in SCORES else method
-    rate, score, head = _RATES[own]
-    rate = rate if tried is None else tried
-    settings = PstSettings(score=SCORES[method]) if method in SCORES else PstSettings()
-    return own, replace(_LOOP, learning_rate=rate), replace(settings, score_rate=score, head_rate=head)
+def as_chosen(arm: PstArm, rows: Sequence[Mapping[str, Any]]) -> PstArm:
+    """The arm with the settings that were best for its method in a record's grid, if it has one."""
+    method = "pst" if arm.method in SCORES else arm.method
+    tried = [row for row in rows if row.get("kind") == "grid" and row["method"] == method]
+    if not tried:
+        return arm
+    best = max(tried, key=lambda row: row["validation_accuracy"])
+    return replace(arm, rate=best["rate"], score_rate=best["score_rate"], rank=best["rank"])
+
+
+def settings_of(arm: PstArm) -> tuple[str, LoopSettings, PstSettings]:
+    """The method's name in the package, its loop and its settings."""
+    score = SCORES.get(arm.method, TERMS)
+    settings = PstSettings(weight_rank=arm.rank, score=score, score_rate=arm.score_rate, head_rate=_HEAD_RATE)
+    return "pst" if arm.method in SCORES else arm.method, replace(_LOOP, learning_rate=arm.rate), settings
 
 
 def train_classifier(folder: Any, tokenizer: Any, task: Task, arm: PstArm, epochs: float) -> tuple[Any, dict[str, Any]]:
@@ -122,7 +139,7 @@ def _train(
     head: frozenset[str],
     work_dir: Path | None = None,
 ) -> dict[str, Any]:
-    method, loop, settings = settings_of(arm.method, arm.rate)
+    method, loop, settings = settings_of(arm)
     shape = MaskShape.parse("2:4" if arm.pattern == "none" else arm.pattern)
     what = TaskRun(method, shape, None, settings, head)
     loop = replace(loop, seed=arm.seed, checkpoint_minutes=_CHECKPOINT_MINUTES, keep_checkpoints=1)
@@ -135,7 +152,7 @@ def _train(
     }
 
 
-def score_correlations(folder: Any, tokenizer: Any, task: Task, epochs: float) -> list[float]:
+def score_correlations(folder: Any, tokenizer: Any, task: Task, arm: PstArm, epochs: float) -> list[float]:
     """Rank correlation, layer by layer, of PST's learned score with the true sum of -G * W' over the same run."""
     from compressor.models import block_linears, load_classifier
     from compressor.retraining import Budget
@@ -144,9 +161,10 @@ def score_correlations(folder: Any, tokenizer: Any, task: Task, epochs: float) -
     torch.manual_seed(0)
     model, head = load_classifier(folder, task.labels, torch.bfloat16)
     encoded = encode(tokenizer, task, task.train, LENGTH)
-    _, loop, settings = settings_of("pst")
+    _, loop, settings = settings_of(arm)
     what = TaskRun("pst", MaskShape(), None, settings, head)
     objective = LabelledSentences(encoded)  # type: ignore[arg-type]
+    model.to(training_device())
     run, trainer = start(model, objective, block_linears(model), Budget(epochs=epochs), what, loop=loop)
     assert isinstance(trainer, Pst)
     for part in trainer.parts.values():
@@ -157,5 +175,5 @@ def score_correlations(folder: Any, tokenizer: Any, task: Task, epochs: float) -
 
 def _rank_correlation(a: Tensor, b: Tensor | None) -> float:
     assert b is not None
-    ranks = torch.stack([tensor.flatten().argsort().argsort().float() for tensor in (a, b)])
+    ranks = torch.stack([tensor.flatten().argsort().argsort().double() for tensor in (a, b)])
     return float(torch.corrcoef(ranks)[0, 1])

@@ -60,11 +60,12 @@ def time_row() -> dict[str, Any]:
 
 def trainable_share(rank: int) -> float:
     """What trains of BERT-base under PST, the head included, over all its parameters."""
-    from benchmarks.pst_arms import settings_of
+    from benchmarks.pst_arms import PstArm, settings_of
     from compressor.models import block_linears
     from compressor.retraining.pst_layer import scored_parts
 
-    model, terms = _bert("meta"), replace(settings_of("pst")[2], weight_rank=rank, score_rank=rank).terms
+    model = _bert("meta")
+    terms = replace(settings_of(PstArm("pst", "2:4", 0))[2], weight_rank=rank, score_rank=rank).terms
     linears, generator = block_linears(model), torch.Generator()
     parts = [part for name, module in linears.items() for part in scored_parts(name, module, terms, generator)]
     trained = sum(factor.master.numel() for part in parts for factor in part.factors.values())
@@ -82,14 +83,14 @@ def _bert(device: str) -> Any:
 
 def _run(method: str) -> Any:
     """A run of the loop, ready to step."""
-    from benchmarks.pst_arms import settings_of
+    from benchmarks.pst_arms import PstArm, settings_of
     from compressor.models import block_linears
     from compressor.retraining import Budget
     from compressor.retraining.task_objectives import LabelledSentences
     from compressor.retraining.task_training import TaskRun, start
     from compressor.tasks.encoding import Labelled
 
-    name, loop, settings = settings_of(method)
+    name, loop, settings = settings_of(PstArm(method, "2:4", 0))
     model = _bert("cpu")
     head = frozenset(f"classifier.{part}" for part in ("weight", "bias"))
     ids = torch.randint(1000, 20_000, (4 * _BATCH, _LENGTH)).tolist()

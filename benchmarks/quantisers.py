@@ -227,11 +227,12 @@ class Bench:
 def perplexity_losses(model: Any, windows: Tensor) -> Tensor:
     """The mean loss of each window [N]."""
     losses = []
-    for batch in windows.split(_BATCH):
+    device = next(model.parameters()).device
+    for batch in windows.to(device).split(_BATCH):
         logits = model(input_ids=batch).logits[:, :-1].float()
         each = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         losses.append(each.view(len(batch), -1).mean(1))
-    return torch.cat(losses)
+    return torch.cat(losses).cpu()
 
 
 def _recipe(arm: Arm) -> dict[str, Any]:

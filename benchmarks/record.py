@@ -113,6 +113,8 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """The machine as far as speed depends on it."""
+    import torch
+
     cpu = cpu_fields()
     model = cpu.get("model name") or platform.processor() or platform.machine()
     present = set((cpu.get("flags") or cpu.get("Features") or "").split())
@@ -126,6 +128,7 @@ def machine() -> dict[str, Any]:
         "last_level_cache_bytes": last_level_cache(),
         "read_bandwidth_bytes_per_s": round(read_bandwidth(min(_BANDWIDTH_BYTES, memory // 16))),
         "system": f"{platform.system()} {platform.release()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 

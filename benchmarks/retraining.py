@@ -2,21 +2,25 @@
 
 Rows are arms (retraining_arms.py). Each is made by `compress` in a process of its own, which goes on where it was
 killed. Of a method's settings at one budget the best on held-out *training* text counts; it alone is then looked at,
-once: perplexity of held-out texts in windows, by transformers in bf16 on the unpacked weights, and last-word accuracy
-(last_word.py). A row that the record holds is not made again.
+once: perplexity of held-out texts in windows, by transformers in bf16 on the unpacked weights, last-word accuracy
+(last_word.py), and at the largest budget zero-shot tasks (zero_shot.py). A row that the record holds is not made again.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.record import make_record, parser, recorded_rows, take_in_recorded, write_record
 from benchmarks.retraining_arms import BUDGETS, Arm, ablation_arms, arms_of, one_shot_arms
@@ -37,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
     flags.add_argument("--ablation", action="store_true", help="the ablation's rows too")
     flags.add_argument("--wikitext", type=Path, metavar="FILE", help="WikiText-2 validation, in its tokenised form")
     flags.add_argument("--speeches", type=Path, metavar="FILE", help="a text out of domain, plain")
+    flags.add_argument("--zero-shot", type=Path, metavar="DIR", help="tasks in JSONL, for dense and two arms at 1M")
+    flags.add_argument("--jobs", type=int, default=1, help="arms made side by side: more than 1 on a GPU")
     flags.add_argument("--tokens", type=int, help=f"tokens of each evaluation text (default: {_TOKENS})")
     flags.add_argument("--minutes", type=float, default=math.inf, help="start no further row after so long")
     flags.add_argument("--cost", action="store_true", help="measure the cost of a step and the loop's speed too")
@@ -44,22 +50,8 @@ def main(argv: Sequence[str]) -> int:
     options.tokens = options.tokens or (_QUICK_TOKENS if options.quick else _TOKENS)
     rows = recorded_rows(options.json, "retraining")
     bench = Bench(options)
-    started = time.monotonic()
     bench.add_dense(rows)
-    table = _wanted(options)
-    for arm in table:
-        if (time.monotonic() - started) / 60 > options.minutes:
-            print("out of time: the same command goes on with the rows that are missing")
-            break
-        if not any(row["arm"] == arm.label for row in rows):
-            rows.append(bench.made(arm))
-            _write(options, argv, rows)
-            print(_sentence(rows[-1]), flush=True)
-        row = to_measure(rows, table, arm)
-        if row is not None:
-            row |= bench.measured(row["arm"])
-            _write(options, argv, rows)
-            print(_sentence(row), flush=True)
+    fill(rows, _wanted(options), bench, lambda: _write(options, argv, rows))
     if options.cost:
         from benchmarks.training_cost import cost_rows
 
@@ -70,6 +62,49 @@ def main(argv: Sequence[str]) -> int:
     for key, value in headline(rows).items():
         print(f"{key:34} {value:.4f}")
     return 0
+
+
+def fill(rows: list[dict[str, Any]], table: Sequence[Arm], bench: Bench, write: Callable[[], None]) -> None:
+    """Makes and measures the rows that are missing, `--jobs` at a time; one that another packs comes first."""
+    started, lock = time.monotonic(), threading.Lock()
+    running: dict[str, Future[None]] = {}
+
+    def late() -> bool:
+        return (time.monotonic() - started) / 60 > bench.options.minutes
+
+    def one(arm: Arm) -> None:
+        if arm.base in running:
+            running[arm.base].result()
+        if late():
+            return
+        if not any(row["arm"] == arm.label for row in rows):
+            made = bench.made(arm)
+            with lock:
+                rows.append(made)
+                write()
+                print(_sentence(made), flush=True)
+        with lock:
+            row = to_measure(rows, table, arm)
+            if row is not None:
+                row["last_word_accuracy"] = None  # so that no other thread measures it too
+        if row is not None:
+            try:
+                found = bench.measured(row["arm"])
+            except BaseException:
+                del row["last_word_accuracy"]
+                raise
+            with lock:
+                row |= found
+                write()
+                print(_sentence(row), flush=True)
+
+    with ThreadPoolExecutor(bench.options.jobs) as pool:
+        for arm in table:
+            running[arm.label] = pool.submit(one, arm)
+        for future in running.values():
+            future.result()
+    if late():
+        print("out of time: the same command goes on with the rows that are missing")
 
 
 def _wanted(options: Any) -> list[Arm]:
@@ -103,6 +138,7 @@ class Bench:
         from benchmarks.texts import read_windows
         from compressor.models import fetch_model, load_tokenizer
 
+        self.options = options
         self.work: Path = options.work
         self.work.mkdir(parents=True, exist_ok=True)
         self.dense = fetch_model(options.model)
@@ -117,12 +153,13 @@ class Bench:
             for window in _WINDOWS if name != "speeches" else _WINDOWS[:1]:
                 found = read_windows(source, tokenizer, window=window, max_tokens=options.tokens, wikitext=detokenise)
                 self.windows[name if window == _WINDOWS[0] else f"{name} @ {window}"] = found.tokens
-        self.items = last_word_items(tokenizer, _QUICK_ITEMS if options.quick else _ITEMS)
+        items = last_word_items(tokenizer, _QUICK_ITEMS if options.quick else _ITEMS)
+        torch.save({"windows": self.windows, "items": [(item.context, item.word) for item in items]}, self._texts)
 
     def add_dense(self, rows: list[dict[str, Any]]) -> None:
         """What the arms are measured against."""
         if not any(row["arm"] == "dense" for row in rows):
-            rows.insert(0, {"arm": "dense", "method": "dense", "tokens": 0} | self._measure(self.dense))
+            rows.insert(0, {"arm": "dense", "method": "dense", "tokens": 0} | self._measure("dense", self.dense))
 
     def made(self, arm: Arm) -> dict[str, Any]:
         """Makes one arm; its row, not measured yet."""
@@ -134,25 +171,14 @@ class Bench:
             if "retraining" in recipe:
                 recipe["retraining"] = {**recipe["retraining"], "budget": f"{arm.tokens}tok"}
             job = {"model": str(self._base(arm)), "recipe": recipe, "out": str(out), "result": str(result)}
-            command = [sys.executable, "-m", "benchmarks.retraining", json.dumps(job)]
-            log = self.work / f"{name}.log"
-            with log.open("a") as file:
-                if subprocess.run(command, stdout=file, stderr=file, check=False).returncode:
-                    raise ValueError(f"{arm.label} could not be made: {log.read_text().strip().splitlines()[-1]}")
+            self._child(arm.label, job)
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         figures = json.loads(result.read_text())
         return {"arm": arm.label, "method": arm.method, "tokens": arm.tokens, "bytes": size, **figures}
 
     def measured(self, label: str) -> dict[str, Any]:
         """What the held-out texts say of an arm that is made."""
-        from compressor.exports import export_checkpoint
-
-        out = self.work / _file_name(label)
-        dense = out.with_name(f"{out.name}-dense")
-        export_checkpoint(out, "dense", dense, force=True, allow_lossy=True)  # folds the low-rank branch
-        found = self._measure(dense)
-        shutil.rmtree(dense, ignore_errors=True)
-        return found
+        return self._measure(label, self.work / _file_name(label))
 
     def _base(self, arm: Arm) -> Path:
         """What the arm compresses: the dense model, or another arm's, its zeros in place."""
@@ -167,20 +193,30 @@ class Bench:
         export_checkpoint(base, "dense", unpacked, force=True, allow_lossy=True)
         return unpacked
 
-    def _measure(self, folder: Path) -> dict[str, Any]:
-        from benchmarks.last_word import accuracy
-        from benchmarks.quantisers import perplexity_losses
-        from compressor.models import load_model
+    @property
+    def _texts(self) -> Path:
+        return self.work / "texts.pt"
 
-        model = load_model(folder)
-        result: dict[str, Any] = {}
-        for name, windows in self.windows.items():
-            losses = perplexity_losses(model, windows)
-            mean = float(losses.mean())
-            result[f"log_ppl {name}"] = mean
-            result[f"ppl {name}"] = math.exp(mean)
-            result[f"stderr {name}"] = float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else None
-        return result | accuracy(model, self.items)
+    def _measure(self, label: str, folder: Path) -> dict[str, Any]:
+        """In a process of its own, so that several can be measured at once."""
+        result = self.work / f"{_file_name(label)}-measured.json"
+        tasks = self.options.zero_shot
+        asked = tasks is not None and (label in ("dense", "ours @ 1M") or _is_published(label, "1M"))
+        job = {"texts": str(self._texts), "folder": str(folder), "result": str(result)}
+        self._child(label, job | ({"zero_shot": str(tasks)} if asked else {}))
+        found: dict[str, Any] = json.loads(result.read_text())
+        return found
+
+    def _child(self, label: str, job: Mapping[str, Any]) -> None:
+        log = self.work / f"{_file_name(label)}.log"
+        command = [sys.executable, "-m", "benchmarks.retraining", json.dumps(job)]
+        with log.open("a") as file:
+            if subprocess.run(command, stdout=file, stderr=file, check=False).returncode:
+                raise ValueError(f"{label} could not be made or measured: {log.read_text().strip().splitlines()[-1]}")
+
+
+def _is_published(label: str, budget: str) -> bool:
+    return label.startswith(_PUBLISHED) and label.endswith(f"@ {budget}")
 
 
 def _file_name(label: str) -> str:
@@ -226,7 +262,7 @@ def headline(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     full = next((row for row in rows if row["arm"] == "ablation: full"), None)
     for key in ("no distillation", "fixed mask", "constant decay"):
         row = next((row for row in rows if row["arm"] == f"ablation: {key}"), None)
-        if full is not None and row is not None:
+        if full is not None and row is not None and _are_measured(full, row):
             result[f"ablation_{key.replace(' ', '_')}"] = row["log_ppl heldout"] - full["log_ppl heldout"]
     for row in rows:
         if row.get("kind") == "cost":
@@ -281,5 +317,41 @@ def make(job: Mapping[str, Any]) -> None:
     Path(job["result"]).write_text(json.dumps(result.figures))
 
 
+def measure(job: Mapping[str, Any]) -> None:
+    """The process that measures one model."""
+    from benchmarks.last_word import Item, accuracy
+    from benchmarks.quantisers import perplexity_losses
+    from benchmarks.zero_shot import zero_shot_accuracies
+    from compressor.models import load_tokenizer
+    from compressor.retraining.loop import training_device
+
+    model, texts = _unpacked(Path(job["folder"])).to(training_device()), torch.load(job["texts"])
+    result: dict[str, Any] = {}
+    for name, windows in texts["windows"].items():
+        losses = perplexity_losses(model, windows)
+        mean = float(losses.mean())
+        result[f"log_ppl {name}"] = mean
+        result[f"ppl {name}"] = math.exp(mean)
+        result[f"stderr {name}"] = float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else None
+    result |= accuracy(model, [Item(*item) for item in texts["items"]])
+    if "zero_shot" in job:
+        result |= zero_shot_accuracies(model, load_tokenizer(Path(job["folder"])), Path(job["zero_shot"]))
+    Path(job["result"]).write_text(json.dumps(result))
+
+
+def _unpacked(folder: Path) -> Any:
+    """The model in bf16, whether packed or not; a low-rank branch is folded into its weight."""
+    from compressor.exports import export_checkpoint
+    from compressor.models import load_model
+
+    if "quantization_config" not in json.loads((folder / "config.json").read_text()):
+        return load_model(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        dense = Path(scratch) / "dense"
+        export_checkpoint(folder, "dense", dense, allow_lossy=True)
+        return load_model(dense)
+
+
 if __name__ == "__main__":
-    make(json.loads(sys.argv[1]))
+    given = json.loads(sys.argv[1])
+    (measure if "texts" in given else make)(given)

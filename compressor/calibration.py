@@ -31,6 +31,10 @@ class LayerStats:
     tokens: int
     hessian: Tensor | None = None  # [I, I] float32: sum of x x^T, only when asked for
 
+    def to_cpu(self) -> "LayerStats":
+        """The same on the CPU."""
+        return LayerStats(self.input_norm.cpu(), self.tokens, None if self.hessian is None else self.hessian.cpu())
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear, whose weight is stored [I, O]; told by its name so that transformers is not imported."""

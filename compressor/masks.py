@@ -120,7 +120,7 @@ def n_m_mask(score: Tensor, n: int = 2, m: int = 4) -> Tensor:
     mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     score_G4, mask_G4 = score.detach().reshape(-1, m), mask.view(-1, m)
     select = _keep_two_of_four if (n, m) == (2, 4) else _keep_by_rank
-    step = max(1, _BLOCK // m)
+    step = max(1, _BLOCK // m if score.device.type == "cpu" else score_G4.shape[0])
     for start in range(0, score_G4.shape[0], step):
         select(score_G4[start : start + step], mask_G4[start : start + step], n)
     return mask

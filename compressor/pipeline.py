@@ -66,6 +66,7 @@ def compress(name: str, recipe: Recipe, out: str | Path, *, force: bool = False,
         result, sparse, text = _train(name, recipe, output.path, report)
         transform(sparse, recipe, result.plan, text, report)
         calibrate_quantizer(sparse, recipe, result.plan, text, report)
+        sparse.to_cpu()
         save(sparse, name, recipe, output, result, report)
     shutil.rmtree(work_folder(output.path), ignore_errors=True)
     return result
@@ -84,12 +85,21 @@ def _train(name: str, recipe: Recipe, out: Path, report: Report) -> tuple[Result
         return result, fine_tune(result, recipe, report), None
     with main_first():
         text = read_text(folder, recipe, result)
-    model = load_model(folder)
+    model = near(load_model(folder))
     choose_dense(model, recipe, result, text, report)
     sparse = sparsify(model, recipe, result.plan, text, report)
     reconstruct(sparse, folder, recipe, text, result, report)
     retrain(sparse, folder, recipe, text, result, report)
     return result, sparse, text
+
+
+def near(model: Any) -> Any:
+    """The model on the accelerator, if there is one with room for it, its gradients' sums and a teacher beside it."""
+    device = training_device()
+    if device.type == "cpu":
+        return model
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    return model.to(device) if 3 * size < torch.cuda.mem_get_info(device)[0] else model
 
 
 def _silent(_stage: str, _done: int, _total: int, _figures: dict[str, Any]) -> None:
@@ -214,6 +224,7 @@ def retrain(
             cache=settings.loop.teacher_cache,
             top_k=settings.loop.teacher_top_k,
             distill=settings.loop.distill,
+            hidden_weight=settings.loop.hidden_weight,
         ),
         linears,
         sparse.masks,

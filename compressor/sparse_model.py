@@ -45,6 +45,15 @@ class SparseModel:
     scales: dict[str, Tensor] = field(default_factory=dict)
     """The scales that the last part of retraining saw; packing keeps them, so that what was trained is served."""
 
+    def to_cpu(self) -> None:
+        """Brings everything back from the accelerator, to be packed."""
+        self.model.to("cpu")
+        self.stats = {name: layer.to_cpu() for name, layer in self.stats.items()}
+        for tensors in (self.masks, self.scales):
+            tensors |= {name: tensor.cpu() for name, tensor in tensors.items()}
+        for branch in self.low_rank.values():
+            branch.to("cpu")
+
     def snap_to_grid(self, name: str, weight: Tensor, scheme: Scheme) -> Callable[[Tensor, slice], Tensor]:
         """Fixes a layer's scales as of now; returns what the forward is to see of rows of its weight from then on."""
         fmt = make_format(scheme)

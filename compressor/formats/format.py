@@ -210,4 +210,4 @@ def checked_floats(values: Tensor, dtype: torch.dtype) -> Tensor:
     converted = values.to(dtype)
     if not bool(torch.isfinite(converted).all()):
         raise ValueError(f"the weight holds NaN, infinity or values beyond {dtype}")
-    return torch.where(converted == 0, torch.zeros((), dtype=dtype), converted)
+    return torch.where(converted == 0, torch.zeros((), dtype=dtype, device=converted.device), converted)

@@ -41,12 +41,13 @@ def compress24(values: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: where a group has more than two non-zeros.
     """
     grouped = values.unflatten(1, (-1, 4))
-    weights = torch.tensor([1, 2, 4, 8])
+    first, second, fits = (table.to(values.device) for table in (_FIRST, _SECOND, _FITS))
+    weights = torch.tensor([1, 2, 4, 8], device=values.device)
     occupied = ((grouped != 0) * weights).sum(-1)
-    if not bool(_FITS[occupied].all()):
-        bad = int((~_FITS[occupied]).sum())
+    if not bool(fits[occupied].all()):
+        bad = int((~fits[occupied]).sum())
         raise ValueError(f"{bad} groups of four hold more than two non-zeros: the weight is not 2:4 sparse")
-    slots = torch.stack((_FIRST[occupied], _SECOND[occupied]), dim=2)
+    slots = torch.stack((first[occupied], second[occupied]), dim=2)
     kept = grouped.gather(2, slots).flatten(1)
     codes = slots[:, :, 0] | slots[:, :, 1] << 2
     if codes.shape[1] % 2:

@@ -45,7 +45,7 @@ def gptq(weight: Tensor, stats: LayerStats | None, scheme: Scheme, *, act_order:
     solve = _by_activity if act_order else _by_group
     w, scale = solve(original, mask, stats, scheme, fmt)
     steps = scale.float().repeat_interleave(w.shape[1] // scale.shape[1], dim=1)
-    hessian = stats.hessian + 0.01 * stats.hessian.diagonal().mean() * torch.eye(w.shape[1])
+    hessian = stats.hessian + 0.01 * stats.hessian.diagonal().mean() * torch.eye(w.shape[1], device=w.device)
     for _ in range(_SWEEPS):
         _sweep(w, original, mask, hessian, steps, fmt)
     return snap(w, scale, fmt)

@@ -43,7 +43,7 @@ def rtn(weight: Tensor, stats: Any, scheme: Scheme, *, ratios: Sequence[float] =
     groups = weight.unflatten(1, (fmt.groups(weight.shape[1]), -1))
     importance = None
     if stats is not None:
-        importance = stats.input_norm.float().square().view(1, *groups.shape[1:])
+        importance = stats.input_norm.to(weight.device).float().square().view(1, *groups.shape[1:])
         importance = importance / importance.mean().clamp_min(torch.finfo(torch.float32).tiny) + 1e-4
     # Rows are independent: blocks of them stay in the caches while their scales are searched.
     blocks = groups.split(max(1, _BLOCK // weight.shape[1]))

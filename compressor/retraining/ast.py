@@ -25,7 +25,7 @@ from compressor.retraining.optimizers import (
     AdamSettings,
     Trained,
     Transform,
-    adam_step,
+    adam_steps,
     train_dense,
     train_linear,
 )
@@ -169,8 +169,7 @@ class Ast:
     def update(self, step: int, progress: float, rate: float, scale: float) -> dict[str, float]:
         """One optimiser step on everything that trains."""
         decay = ramp(progress, self.settings.mask_decay, self.settings.mask_decay_ramp)
-        for entry in self.trained:
-            adam_step(entry, self.adam, step=step + 1, rate=rate, decay=decay, scale=scale)
+        adam_steps(self.trained, self.adam, step=step + 1, rate=rate, decay=decay, scale=scale)
         return {"mask_decay": decay}
 
     def weights(self) -> dict[str, Tensor]:

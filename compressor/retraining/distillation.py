@@ -149,7 +149,7 @@ def _loss_and_slope(
         ce = -float(_picked(log_q, labels_C).sum())
         if kl_weight < 1.0:
             slope = log_q.exp_()
-            slope[torch.arange(len(labels_C)), labels_C] -= 1.0
+            slope[torch.arange(len(labels_C), device=slope.device), labels_C] -= 1.0
             slope.mul_(1.0 - kl_weight)
     if teacher_CV is None:
         assert slope is not None

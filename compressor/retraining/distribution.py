@@ -79,10 +79,13 @@ class Distribution:
     def gradient_norm(self, entries: Iterable[Trained]) -> float:
         """L2 norm over all gradients, those of other processes' shards included; NaN anywhere shows in it."""
         sums = {True: [torch.zeros(())], False: [torch.zeros(())]}
+        found: dict[bool, list[Tensor]] = {True: [], False: []}
         for entry in entries:
             if entry.gradient is not None:
-                norm = torch.linalg.vector_norm(entry.gradient, dtype=torch.float32)
-                sums[is_sharded(entry.parameter)].append(norm)
+                found[is_sharded(entry.parameter)].append(entry.gradient)
+        for sharded, gradients in found.items():
+            if gradients:
+                sums[sharded] += torch._foreach_norm(gradients, 2, dtype=torch.float32)
         squares = {
             sharded: torch.stack([norm.to(norms[-1].device) for norm in norms]).square().sum()
             for sharded, norms in sums.items()

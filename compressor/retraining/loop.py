@@ -60,6 +60,7 @@ class LoopSettings:
         distill: "kl", or "hidden" for the squared error of the blocks' outputs in its place.
         teacher_cache: what is kept on disk of the teacher, for the next student on the same text: "off", "hidden" (its
             last hidden states, exact) or "top-k" (its `teacher_top_k` most likely tokens, smaller).
+        hidden_weight: of the squared error of the blocks' outputs, as a share of the teacher's, beside KL and CE.
         quantize_share: the last share of the budget, in which the forward sees the packed values.
         train: "blocks" (sparse weights, norms, biases) or "all" (embeddings and head too).
         checkpoint_minutes: between snapshots of the run, when there is a work folder; more where writing one takes
@@ -86,6 +87,7 @@ class LoopSettings:
     kl_weight: float = 0.5
     temperature: float = 1.0
     distill: str = "kl"
+    hidden_weight: float = 0.0
     teacher_cache: str = "off"
     teacher_top_k: int = 64
     quantize_share: float = 0.0
@@ -112,8 +114,8 @@ class LoopSettings:
             raise ValueError("rollbacks and explosion must not be negative, keep_checkpoints be at least 1")
         if self.batch < 1 or (self.micro_batch is not None and self.batch % self.micro_batch):
             raise ValueError(f"batch {self.batch} must be a multiple of micro_batch {self.micro_batch}")
-        if not 0 <= self.kl_weight <= 1 or self.temperature <= 0:
-            raise ValueError("kl_weight must lie in [0, 1] and temperature be above 0")
+        if not 0 <= self.kl_weight <= 1 or self.temperature <= 0 or self.hidden_weight < 0:
+            raise ValueError("kl_weight must lie in [0, 1], temperature be above 0 and hidden_weight not below")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r} given; accepted are {', '.join(SCHEDULES)}")
         if min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown >= 1 or not 0 <= self.quantize_share < 1:

@@ -12,7 +12,7 @@ Shapes: O out_features, I in_features, B rows of one block.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -23,8 +23,10 @@ from compressor.retraining.shards import local
 
 FORMS = ("decoupled", "coupled")
 
-# Entries updated at a time: a dozen passes over this many floats stay in cache.
+# Entries updated at a time on a CPU: a dozen passes over this many floats stay in cache.
 _BLOCK = 1 << 18
+# And on an accelerator, where launches count: so many entries of as many tensors as that takes.
+_GROUP = 1 << 26
 
 # What the forward is to see of some rows of M*W, for example the rows snapped to their packed grid.
 Transform = Callable[[Tensor, slice], Tensor]
@@ -134,8 +136,9 @@ def _trained(
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Rows that are updated together, so that a dozen passes over them stay in cache."""
-    height = max(1, _BLOCK // max(1, matrix.shape[1]))
+    """Rows that are updated together: on a CPU as many as stay in cache, elsewhere all."""
+    on_cpu = matrix.device.type == "cpu"
+    height = max(1, _BLOCK // max(1, matrix.shape[1]) if on_cpu else matrix.shape[0])
     for start in range(0, matrix.shape[0], height):
         yield slice(start, start + height)
 
@@ -160,6 +163,86 @@ def adam_step(
     entry.gradient = None
 
 
+def adam_steps(
+    entries: Iterable[Trained], settings: AdamSettings, *, step: int, rate: float, decay: float, scale: float = 1.0
+) -> None:
+    """`adam_step` of many tensors; on an accelerator some operations for all of them, not a dozen for each."""
+    group: list[Trained] = []
+    size = 0
+    for entry in entries:
+        if entry.master.device.type == "cpu":
+            adam_step(entry, settings, step=step, rate=rate, decay=decay, scale=scale)
+        elif entry.gradient is not None:
+            group.append(entry)
+            size += entry.master.numel()
+        if size > _GROUP:
+            _update_together(group, settings, step, rate, decay, scale)
+            group, size = [], 0
+    if group:
+        _update_together(group, settings, step, rate, decay, scale)
+
+
+@torch.no_grad()
+def _update_together(
+    entries: list[Trained], settings: AdamSettings, step: int, rate: float, decay: float, scale: float
+) -> None:
+    for masked in (True, False):
+        for decays in (True, False):
+            alike = [entry for entry in entries if entry.decays == decays and (entry.mask is not None) == masked]
+            if not alike:
+                continue
+            gradients = [entry.gradient.to(torch.float32).contiguous() for entry in alike]  # type: ignore[union-attr]
+            torch._foreach_mul_(gradients, scale)
+            state = [[getattr(entry, name) for entry in alike] for name in ("master", "momentum", "variance")]
+            weight_decay = settings.weight_decay if decays else 0.0
+            if masked:
+                pulled = [entry.master.masked_fill(entry.mask, 0.0) for entry in alike]  # type: ignore[arg-type]
+                if settings.form == "decoupled":
+                    _decoupled(state, gradients, pulled, settings, step, rate, weight_decay, decay)
+                else:
+                    torch._foreach_add_(gradients, pulled, alpha=decay)
+            if not (masked and settings.form == "decoupled"):
+                _fused_adam(state, gradients, settings, step, rate, weight_decay)
+            _publish_together(alike)
+    for entry in entries:
+        entry.gradient = None
+
+
+def _publish_together(entries: list[Trained]) -> None:
+    plain = [
+        entry for entry in entries if entry.transform is None and entry.parameter.data_ptr() != entry.master.data_ptr()
+    ]
+    masked = [entry.master * entry.mask if entry.mask is not None and entry.prunes else entry.master for entry in plain]
+    if plain:
+        torch._foreach_copy_([entry.visible for entry in plain], masked)
+    for entry in entries:
+        if entry.transform is not None:
+            entry.publish()
+
+
+def _decoupled(
+    state: list[list[Tensor]],
+    g: list[Tensor],
+    pulled: list[Tensor],
+    settings: AdamSettings,
+    step: int,
+    rate: float,
+    weight_decay: float,
+    decay: float,
+) -> None:
+    w, m, v = state
+    torch._foreach_lerp_(m, g, 1.0 - settings.beta1)
+    torch._foreach_mul_(pulled, decay)
+    torch._foreach_add_(pulled, m)  # u
+    torch._foreach_mul_(v, settings.beta2)
+    torch._foreach_addcmul_(v, pulled, pulled, value=1.0 - settings.beta2)
+    root = torch._foreach_sqrt(v)
+    torch._foreach_div_(root, math.sqrt(1.0 - settings.beta2**step))
+    torch._foreach_add_(root, settings.eps)
+    torch._foreach_mul_(w, 1.0 - rate * weight_decay)
+    torch._foreach_addcdiv_(w, pulled, root, value=-rate / (1.0 - settings.beta1**step))
+
+
 def _update_rows(
     entry: Trained,
     gradient_BI: Tensor,
@@ -175,7 +258,7 @@ def _update_rows(
     weight_decay = settings.weight_decay if entry.decays else 0.0
     pulled = None if entry.mask is None else entry.kept(rows).sub_(1.0).mul_(w).mul_(-decay)
     if pulled is None or settings.form == "coupled":
-        _fused_adam(w, g if pulled is None else g.add_(pulled), m, v, settings, step, rate, weight_decay)
+        _fused_adam([[w], [m], [v]], [g if pulled is None else g.add_(pulled)], settings, step, rate, weight_decay)
         return
     m.lerp_(g, 1.0 - settings.beta1)
     u = pulled.add_(m)
@@ -186,16 +269,17 @@ def _update_rows(
 
 
 def _fused_adam(
-    w: Tensor, g: Tensor, m: Tensor, v: Tensor, settings: AdamSettings, step: int, rate: float, weight_decay: float
+    state: list[list[Tensor]], g: list[Tensor], settings: AdamSettings, step: int, rate: float, weight_decay: float
 ) -> None:
     """Plain AdamW in one pass over memory: the kernel under torch.optim.AdamW(fused=True)."""
+    w, m, v = state
     torch._fused_adamw_(
-        [w],
-        [g],
-        [m],
-        [v],
+        w,
+        g,
+        m,
+        v,
         [],
-        [torch.tensor(float(step), device=w.device)],
+        [torch.full((), float(step), device=w[0].device)] * len(w),
         lr=rate,
         beta1=settings.beta1,
         beta2=settings.beta2,

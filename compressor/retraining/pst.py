@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.masks import MaskShape
-from compressor.retraining.optimizers import AdamSettings, Trained, Transform, adam_step, train_dense
+from compressor.retraining.optimizers import AdamSettings, Trained, Transform, adam_steps, train_dense
 from compressor.retraining.pst_layer import TERMS, ScoredLinear, Terms, clock, cubic, scored_parts
 from compressor.retraining.rows_and_heads import Structures
 
@@ -177,13 +177,14 @@ class Pst:
 
     def update(self, step: int, progress: float, rate: float, scale: float) -> dict[str, float]:
         """One optimiser step on the small matrices and the head."""
-        settings = self.settings
+        settings, groups = self.settings, dict[float, list[Trained]]()
         for part in self.parts.values():
             for key, factor in part.factors.items():
-                own = rate if key in ("u", "v") else rate * settings.score_rate
-                adam_step(factor, self.adam, step=step + 1, rate=own, decay=0.0, scale=scale)
-        for entry in self.head:
-            adam_step(entry, self.adam, step=step + 1, rate=rate * settings.head_rate, decay=0.0, scale=scale)
+                own = 1.0 if key in ("u", "v") else settings.score_rate
+                groups.setdefault(own, []).append(factor)
+        groups.setdefault(settings.head_rate, []).extend(self.head)
+        for own, entries in groups.items():
+            adam_steps(entries, self.adam, step=step + 1, rate=rate * own, decay=0.0, scale=scale)
         self._spent.fill_(progress)
         return {}
 
@@ -239,7 +240,7 @@ def growing_mask(score: Tensor, shape: MaskShape, grown: float) -> Tensor:
     dropped = score.numel() - shape.kept(score.numel())
     wanted = int(grown * dropped)
     if wanted < 1:
-        return torch.ones(score.shape, dtype=torch.bool)
+        return torch.ones(score.shape, dtype=torch.bool, device=score.device)
     if shape.by_row:  # what the final mask keeps is out of reach; arithmetic, as torch is slow with bool
         score = score + shape.mask(score).view(torch.int8).float().mul_(2.0 * float(score.abs().max()) + 1.0)
     return score > score.flatten().kthvalue(wanted).values

@@ -85,13 +85,16 @@ class ScoredLinear:
         self._parameter, self._turned = weight, is_conv1d(module)
         self.base = weight_of(module).detach()[rows].clone()
         height, width = self.base.shape
-        self.mask = torch.ones(height, width, dtype=torch.bool)
+        self.mask = torch.ones(height, width, dtype=torch.bool, device=self.base.device)
         sizes = {"u": (height, terms.weight_rank), "v": (terms.weight_rank, width)}
         if "low_rank" in terms.score:
             sizes |= {"a": (height, terms.score_rank), "b": (terms.score_rank, width)}
         if "rows_columns" in terms.score:
             sizes |= {"r": (height, 1), "c": (1, width)}
-        self.factors = {key: small(f"{name}.{key}", self._initial(key, size, generator)) for key, size in sizes.items()}
+        self.factors = {
+            key: small(f"{name}.{key}", self._initial(key, size, generator).to(self.base.device))
+            for key, size in sizes.items()
+        }
         self.factors["u"].beside["mask"] = self.mask
         self.transform: Transform | None = None
         self.movement: Tensor | None = None
@@ -110,7 +113,7 @@ class ScoredLinear:
     def blocks(self) -> Iterator[slice]:
         """Rows that are worked on together."""
         height, width = self.base.shape
-        step = max(1, _BLOCK // width)
+        step = max(1, _BLOCK // width) if self.base.device.type == "cpu" else height
         return (slice(start, min(start + step, height)) for start in range(0, height, step))
 
     def weight(self, rows: slice = slice(None)) -> Tensor:
@@ -119,7 +122,7 @@ class ScoredLinear:
 
     def learned_score(self, rows: slice = slice(None)) -> Tensor:
         """alpha1 * A B + alpha2 * (R + C) [B, I]: what is learned of the score."""
-        score = torch.zeros(self.base[rows].shape)
+        score = torch.zeros(self.base[rows].shape, device=self.base.device)
         if "rows_columns" in self.terms.score:
             torch.add(self._value("r")[rows], self._value("c"), out=score).mul_(self.terms.alpha2)
         if "low_rank" in self.terms.score:
@@ -128,7 +131,7 @@ class ScoredLinear:
 
     def score(self) -> Tensor:
         """S [O, I]."""
-        score = torch.empty(self.base.shape)
+        score = torch.empty(self.base.shape, device=self.base.device)
         for rows in self.blocks():
             score[rows] = self.learned_score(rows)
             if "magnitude" in self.terms.score:
@@ -185,7 +188,7 @@ class ScoredLinear:
 
     def track_movement(self) -> None:
         """Also add up the true -G * W' [O, I], to compare the learned score with; for measurements only."""
-        self.movement = torch.zeros(self.base.shape)
+        self.movement = torch.zeros(self.base.shape, device=self.base.device)
 
 
 def part_names(name: str, module: nn.Module) -> list[str]:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import BlockCall, blocks_of, calls_of_blocks
+from compressor.calibration import BlockCall, blocks_of, calls_of_blocks, weight_of
 from compressor.retraining.distribution import Distribution
-from compressor.retraining.loop import compute_dtype
-from compressor.retraining.optimizers import AdamSettings, Trained, adam_step, train_dense, train_linear
+from compressor.retraining.loop import compute_dtype, training_device
+from compressor.retraining.optimizers import AdamSettings, Trained, adam_steps, train_dense, train_linear
 from compressor.retraining.schedules import learning_rate
 
 log = logging.getLogger(__name__)
@@ -70,10 +70,10 @@ def reconstruct(
         For each block, the relative error of its output before and after.
     """
     batches = list(tokens_NL[: settings.samples].split(settings.batch))
-    before = next(model.parameters()).dtype
-    dtype = compute_dtype(precision, next(model.parameters()).device)
+    before, home, device = next(model.parameters()).dtype, next(model.parameters()).device, training_device()
+    dtype = compute_dtype(precision, device)
     for net in (model, teacher):
-        net.eval().requires_grad_(False).to(dtype)
+        net.eval().requires_grad_(False).to(device, dtype)
     names = blocks_of(teacher, {name: teacher.get_submodule(name) for name in linears})
     with torch.no_grad():
         recorded = [calls_of_blocks(teacher, list(names.values()), batch) for batch in batches]
@@ -94,7 +94,7 @@ def reconstruct(
         if report is not None:
             report(index + 1, len(names), {"before": errors[-1][0], "after": errors[-1][1]})
     for net in (model, teacher):
-        net.to(before).requires_grad_(True)
+        net.to(home, before).requires_grad_(True)
     return errors
 
 
@@ -104,7 +104,10 @@ def _entries(
     """The sparse weights of a block and whatever else of it trains: norms and biases, not its dense linears."""
     adam = AdamSettings()
     sparse = {id(module.weight): name for name, module in linears.items()}
-    entries = [train_linear(name, module, masks[name].clone(), adam) for name, module in linears.items()]
+    entries = [
+        train_linear(name, module, masks[name].to(weight_of(module).device, copy=True), adam)
+        for name, module in linears.items()
+    ]
     for entry in entries:
         entry.publish()
     others = [(name, p) for name, p in block.named_parameters() if id(p) not in sparse and p.dim() == 1]
@@ -131,8 +134,7 @@ def _train(
             norm = alone.gradient_norm(entries)
             rate = learning_rate((step + 0.5) / total, settings.learning_rate, settings.warmup, 0.0)
             step += 1
-            for entry in entries:
-                adam_step(entry, adam, step=step, rate=rate, decay=0.0, scale=min(1.0, settings.clip / (norm + 1e-6)))
+            adam_steps(entries, adam, step=step, rate=rate, decay=0.0, scale=min(1.0, settings.clip / (norm + 1e-6)))
     for entry in entries:
         entry.parameter.requires_grad_(False)
 

@@ -85,7 +85,7 @@ class Structures:
         self, scores: Mapping[str, Tensor], rows: tuple[str, ...], columns: str, groups: int, grown: float
     ) -> Iterator[tuple[str, Tensor]]:
         """Masks of what writes groups by rows, and of what reads them by columns."""
-        worth = torch.zeros(groups)
+        worth = torch.zeros(groups, device=scores[columns].device)
         entries = 0
         for score_G in (*(scores[name].view(groups, -1) for name in rows), _by_column(scores[columns], groups)):
             worth += score_G.sum(1)

@@ -2,8 +2,9 @@
 
 `dense` trains everything and prunes nothing. `magnitude` trains everything and masks the smallest |W| of each layer
 (Zhu & Gupta, arXiv 1710.01878). `movement` trains everything and, beside each weight, a score of its own
-(Sanh et al., NeurIPS 2020, arXiv 2005.07683): dL/dS = G * W, so S adds up -G * W. All masks are straight-through and
-grow by the same cubic schedule. LoRA + magnitude is PST with |W'| alone as its score and no gradient through it.
+(Sanh et al., NeurIPS 2020, arXiv 2005.07683): dL/dS = G * W, so S adds up -G * W, by plain steps: under Adam, which
+takes all gradients for alike, the scores of a short run are noise. All masks are straight-through and grow by the same
+cubic schedule. LoRA + magnitude is PST with |W'| alone as its score and no gradient through it.
 
 Shapes: O out_features, I in_features.
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from compressor.calibration import weight_of
 from compressor.masks import MaskShape
-from compressor.retraining.optimizers import AdamSettings, Trained, adam_step, train_dense, train_linear
+from compressor.retraining.optimizers import AdamSettings, Trained, adam_steps, train_dense, train_linear
 from compressor.retraining.pst import PstSettings, Snap, growing_mask
 from compressor.retraining.pst_layer import Small, clock, cubic, small
 
@@ -69,8 +70,12 @@ class FullTraining:
         self._clock, self._spent = clock()
 
     def _sparse(self, name: str, module: nn.Module) -> _Sparse:
-        mask = torch.ones(weight_of(module).shape, dtype=torch.bool)
-        score = small(f"{name}.score", torch.zeros(mask.shape)) if self.criterion == "movement" else None
+        weight = weight_of(module).detach()
+        mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+        zeros = torch.zeros(weight.shape, device=weight.device)
+        score = small(f"{name}.score", zeros) if self.criterion == "movement" else None
+        if score is not None:
+            score.momentum = score.variance = zeros.new_empty(0)
         return _Sparse(train_linear(f"{name}.weight", module, mask, self.adam), mask, score)
 
     @property
@@ -108,17 +113,17 @@ class FullTraining:
             total += mask.numel()
         return {"sparsity": pruned / total, "flip_rate": changed / total}
 
+    @torch.no_grad()
     def update(self, step: int, progress: float, rate: float, scale: float) -> dict[str, float]:
         """One optimiser step on everything that trains."""
         for layer in self.sparse.values():
             if layer.score is not None and layer.weight.gradient is not None:
-                layer.score.gradient = layer.weight.gradient.float() * layer.weight.master
-                own = rate * self.settings.score_rate
-                adam_step(layer.score, self.adam, step=step + 1, rate=own, decay=0.0, scale=scale)
-            adam_step(layer.weight, self.adam, step=step + 1, rate=rate, decay=0.0, scale=scale)
-        for entry in self.dense:
-            own = rate * self.settings.head_rate if entry.name in self._head else rate
-            adam_step(entry, self.adam, step=step + 1, rate=own, decay=0.0, scale=scale)
+                layer.score.master.addcmul_(layer.weight.gradient.float(), layer.weight.master, value=-1.0)
+        weights = [layer.weight for layer in self.sparse.values()]
+        head = [entry for entry in self.dense if entry.name in self._head]
+        rest = [entry for entry in self.dense if entry.name not in self._head]
+        for entries, own in (([*weights, *rest], 1.0), (head, self.settings.head_rate)):
+            adam_steps(entries, self.adam, step=step + 1, rate=rate * own, decay=0.0, scale=scale)
         self._spent.fill_(progress)
         return {}
 

@@ -44,7 +44,9 @@ class LabelledSentences:
         """Nothing beside the model runs."""
 
     def backward(self, model: nn.Module, examples: Tensor, weight: float) -> dict[str, float]:
-        batch, labels = self.encoded.batch(examples.tolist()), self.encoded.labels[examples]
+        device = next(model.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in self.encoded.batch(examples.tolist()).items()}
+        labels = self.encoded.labels[examples].to(device)
         logits_BK = model(**batch).logits.float()
         if self.encoded.regression:
             loss = F.mse_loss(logits_BK.squeeze(-1), labels.float())
@@ -87,7 +89,8 @@ class WrittenAnswers:
     def backward(self, model: nn.Module, examples: Tensor, weight: float) -> dict[str, float]:
         if self._head is None:
             raise RuntimeError("prepare() comes before backward()")
-        ids_BL, answers_BL = self.encoded.batch(examples.tolist())
+        device = next(model.parameters()).device
+        ids_BL, answers_BL = (tensor.to(device) for tensor in self.encoded.batch(examples.tolist()))
         hidden_TH = hidden_states(model, ids_BL)[:, :-1][answers_BL[:, 1:]]
         logits = self._head(hidden_TH).float()
         labels_T = ids_BL[:, 1:][answers_BL[:, 1:]]

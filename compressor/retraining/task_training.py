@@ -17,7 +17,15 @@ from torch import nn
 
 from compressor.masks import TWO_OF_FOUR, MaskShape
 from compressor.retraining.distribution import distribution
-from compressor.retraining.loop import LoopSettings, Progress, Run, compute_dtype, identity_of, plain_attention
+from compressor.retraining.loop import (
+    LoopSettings,
+    Progress,
+    Run,
+    compute_dtype,
+    identity_of,
+    plain_attention,
+    training_device,
+)
 from compressor.retraining.objective import Objective
 from compressor.retraining.optimizers import AdamSettings, Trained
 from compressor.retraining.pst import Pst, PstSettings, Snap
@@ -91,7 +99,8 @@ def finetune(
         work_dir: where snapshots and metrics.jsonl are kept, so that a killed run goes on; None keeps nothing.
         snap: the packed grid of a linear's values, for loop.quantize_share.
     """
-    before = next(model.parameters()).dtype
+    before, home = next(model.parameters()).dtype, next(model.parameters()).device
+    model.to(training_device())
     spread = distribution(loop.distribution)
     if spread.sharded:
         raise ValueError("fine-tuning for a task is not sharded: give loop.distribution=ddp, or one process")
@@ -119,7 +128,7 @@ def finetune(
     trainer.finish()
     trainer.detach()
     precision = str(next(model.parameters()).dtype).removeprefix("torch.")
-    _cast(model.requires_grad_(True), before)
+    _cast(model.requires_grad_(True).to(home), before)
     log.info("fine-tuned %d steps in %.0f s", run.step, run.plan.spent_seconds)
     trained, state = sizes(trainer.trained)
     parameters = sum(parameter.numel() for parameter in model.parameters())

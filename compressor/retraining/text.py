@@ -34,7 +34,9 @@ class TextDistillation:
         cache: what is kept on disk of the teacher: "off", "hidden" or "top-k" (teacher_cache.py).
         top_k: tokens kept with "top-k".
         distill: "kl", or "hidden": in place of KL the squared error of every block's output as a share of the
-            teacher's (SquareHead, arXiv 2310.06927), which the paper found to be worse.
+            teacher's (SquareHead, arXiv 2310.06927, but token by token and bounded: the first ones are a thousand times
+            larger), which the paper found to be worse.
+        hidden_weight: of that error as a further term, beside KL and CE.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class TextDistillation:
         cache: str = "off",
         top_k: int = 64,
         distill: str = "kl",
+        hidden_weight: float = 0.0,
     ) -> None:
         if tokens_NL.dim() != 2 or tokens_NL.shape[0] < 1 or tokens_NL.shape[1] < 2:
             raise ValueError(
@@ -58,14 +61,20 @@ class TextDistillation:
             raise ValueError(f"teacher_cache {cache!r} given; accepted are {', '.join(KINDS)}")
         if distill not in DISTILL:
             raise ValueError(f"distill {distill!r} given; accepted are {', '.join(DISTILL)}")
-        if distill == "hidden" and cache != "off":
+        if hidden_weight < 0 or (hidden_weight > 0 and teacher is None):
+            raise ValueError(f"hidden_weight {hidden_weight} given; it needs the dense teacher, and is not negative")
+        if (distill == "hidden" or hidden_weight > 0) and cache != "off":
             raise ValueError(
-                "distill 'hidden' compares every block, which no teacher cache holds; give teacher_cache off"
+                "distill 'hidden' and hidden_weight compare every block, which no teacher cache holds; give "
+                "teacher_cache off"
             )
-        self._hidden_loss = distill == "hidden" and kl_weight > 0
+        if distill == "hidden" and kl_weight > 0:  # in place of KL
+            kl_weight, self._ce_weight, self._hidden_weight = 0.0, 1.0 - kl_weight, hidden_weight + kl_weight
+        else:
+            self._ce_weight, self._hidden_weight = 1.0, hidden_weight
         self.tokens_NL, self.kl_weight, self.temperature = tokens_NL, kl_weight, temperature
         self._kind, self._top_k = cache, top_k
-        self._teacher = teacher if kl_weight > 0 else None
+        self._teacher = teacher if kl_weight > 0 or self._hidden_weight > 0 else None
         self._heads: tuple[Head, Head | None] | None = None
         self._cache: TeacherCache | None = None
 
@@ -110,7 +119,7 @@ class TextDistillation:
             raise RuntimeError("prepare() comes before backward()")
         ids_BL = self.tokens_NL[examples].to(next(model.parameters()).device)
         positions, labels = next_tokens(ids_BL)
-        if self._hidden_loss:
+        if self._hidden_weight > 0:
             return self._backward_hidden(model, ids_BL, weight)
         teacher_TH, top_k = self._teacher_says(ids_BL, examples)
         student_TH = hidden_states(model, ids_BL).flatten(0, 1)[positions]
@@ -133,18 +142,23 @@ class TextDistillation:
         with torch.no_grad():
             theirs = block_outputs(self._teacher, ids_BL)
         ours = block_outputs(model, ids_BL)
-        shares = [
-            (mine.float() - other.float()).square().sum() / other.float().square().sum()
-            for mine, other in zip(ours, theirs, strict=True)
-        ]
-        apart = torch.stack(shares).mean()
+        apart = torch.stack([_apart(mine, other) for mine, other in zip(ours, theirs, strict=True)]).mean()
         positions, labels = next_tokens(ids_BL)
         student_TH = ours[-1].flatten(0, 1)[positions]
-        rest = 1.0 - self.kl_weight
-        ce, gradient = chunked_loss(student_TH, self._heads[0], labels, weight=weight * rest)
-        torch.autograd.backward([student_TH, apart], [gradient, apart.new_tensor(self.kl_weight * weight)])
-        total = self.kl_weight * float(apart.detach()) + rest * ce.ce
-        return {"total": total, "hidden": float(apart.detach()), "ce": ce.ce}
+        loss, gradient = chunked_loss(
+            student_TH,
+            self._heads[0],
+            labels,
+            teacher_TH=theirs[-1].flatten(0, 1)[positions],
+            teacher_head=self._heads[1],
+            kl_weight=self.kl_weight,
+            temperature=self.temperature,
+            weight=weight * self._ce_weight,
+        )
+        torch.autograd.backward([student_TH, apart], [gradient, apart.new_tensor(self._hidden_weight * weight)])
+        far = float(apart.detach())
+        total = self._hidden_weight * far + self._ce_weight * loss.total
+        return {"total": total, "hidden": far, "kl": loss.kl, "ce": loss.ce}
 
     @torch.no_grad()
     def _teacher_says(self, ids_BL: Tensor, examples: Tensor) -> tuple[Tensor | None, TopK | None]:
@@ -177,3 +191,13 @@ class TextDistillation:
             log_p = torch.log_softmax(self._heads[1](hidden_PH).float() / self.temperature, dim=-1)
             kept = log_p.topk(self._top_k, dim=-1)
             yield {"log_p": kept.values, "ids": kept.indices}
+
+
+def _apart(mine_BLH: Tensor, other_BLH: Tensor) -> Tensor:
+    """How far the states of a block are apart: mean over tokens of d / (1 + d), d = |mine - other|^2 / |other|^2.
+
+    Bounded, for a token whose state is near zero would outweigh all others.
+    """
+    other = other_BLH.float()
+    d = (mine_BLH.float() - other).square().sum(-1) / other.square().sum(-1)
+    return (1.0 - 1.0 / (1.0 + d)).mean()

@@ -19,10 +19,12 @@ def predict(model: nn.Module, encoded: Labelled, batch: int = 64) -> list[Any]:
     """Class indices, or numbers; examples of like length run together, answers come in the given order."""
     order = sorted(range(len(encoded.ids)), key=lambda place: len(encoded.ids[place]))
     found: dict[int, Any] = {}
+    device = next(model.parameters()).device
     with evaluating(model):
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            logits = model(**encoded.batch(chosen)).logits.float()
+            inputs = {name: tensor.to(device) for name, tensor in encoded.batch(chosen).items()}
+            logits = model(**inputs).logits.float()
             answers = logits.squeeze(-1) if encoded.regression else logits.argmax(-1)
             found |= dict(zip(chosen, answers.tolist(), strict=True))
     return [found[place] for place in range(len(order))]
@@ -44,8 +46,8 @@ def write(
             rows = [[padding] * (width - len(prompts[place])) + prompts[place] for place in chosen]
             mask = [[0] * (width - len(prompts[place])) + [1] * len(prompts[place]) for place in chosen]
             answers = model.generate(
-                input_ids=torch.tensor(rows),
-                attention_mask=torch.tensor(mask),
+                input_ids=torch.tensor(rows, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
                 num_beams=beams,
                 do_sample=False,
                 max_new_tokens=max(8, length - width),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.pst import comparison, headline, main, paired_interval
-from benchmarks.pst_arms import RATES, SCORES, arms, grid, settings_of
+from benchmarks.pst_arms import METHODS, RATES, SCORES, PstArm, arms, as_chosen, grid, settings_of
 from benchmarks.pst_cost import trainable_share
 from benchmarks.record import take_in_recorded
 
@@ -32,22 +32,35 @@ def test_arms_stand_once_and_have_settings() -> None:
     found = list(arms(("2:4", "90%"), 3, ablation=True))
     assert len({arm.label for arm in found}) == len(found) == 3 * (1 + 2 * 4 + len(SCORES))
     for arm in found:
-        method, loop, settings = settings_of(arm.method)
+        method, loop, settings = settings_of(arm)
         assert loop.learning_rate > 0
         assert settings.score == SCORES.get(arm.method, settings.score)
         assert method in ("pst", "dense", "movement", "magnitude", "lora-magnitude")
 
 
-def test_every_method_has_the_best_it_can_take_of_the_same_rates() -> None:
-    tried: dict[str, list[float]] = {}
-    for arm in grid():
-        rate = settings_of(arm.method, arm.rate)[1].learning_rate
-        assert rate == arm.rate and f"rate {rate:g}" in arm.label
-        tried.setdefault(arm.method, []).append(rate)
-    assert tried.keys() == {"pst", "dense", "movement", "magnitude", "lora-magnitude"}
-    for method, rates in tried.items():
-        assert tuple(rates) == RATES
-        assert settings_of(method)[1].learning_rate in RATES
+def test_the_grid_tries_every_method_at_the_same_rates() -> None:
+    tried: dict[str, set[float]] = {}
+    found = list(grid())
+    assert len({arm.tried for arm in found}) == len(found)
+    for arm in found:
+        _, loop, settings = settings_of(arm)
+        assert (loop.learning_rate, settings.score_rate, settings.weight_rank) == (arm.rate, arm.score_rate, arm.rank)
+        tried.setdefault(arm.method, set()).add(arm.rate)
+    assert tried.keys() == set(METHODS)
+    assert all(rates == set(RATES) for rates in tried.values())
+
+
+def test_an_arm_takes_what_was_best_in_the_grid_of_its_method() -> None:
+    def tried(method: str, rate: float, accuracy: float) -> dict[str, Any]:
+        return {
+            "kind": "grid", "method": method, "pattern": "2:4", "rate": rate, "score_rate": 0.1, "rank": 64,
+            "validation_accuracy": accuracy,
+        }  # fmt: skip
+
+    rows = [tried("pst", 1e-3, 0.7), tried("pst", 3e-3, 0.8), tried("movement", 1e-4, 0.95)]
+    assert as_chosen(PstArm("pst", "90%", 2), rows) == PstArm("pst", "90%", 2, 3e-3, 0.1, 64)
+    assert as_chosen(PstArm("pst |W'|", "2:4", 0), rows).rate == 3e-3
+    assert as_chosen(PstArm("magnitude", "2:4", 0), rows) == PstArm("magnitude", "2:4", 0)
 
 
 def test_an_interval_holds_the_difference_and_narrows_where_both_err_alike() -> None:

@@ -38,8 +38,10 @@ def plainly(w: torch.Tensor, mask: torch.Tensor, gradients: list[torch.Tensor], 
 
 @pytest.mark.parametrize("form", optimizers.FORMS)
 @pytest.mark.parametrize("module", [nn.Linear(16, 6, bias=False), Conv1D(6, 16)])
-@pytest.mark.parametrize("block", [1 << 18, 40])
-def test_steps_follow_the_formula(form: str, module: nn.Module, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("block", "together"), [(1 << 18, False), (40, False), (40, True)])
+def test_steps_follow_the_formula(
+    form: str, module: nn.Module, block: int, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(optimizers, "_BLOCK", block)
     settings = AdamSettings(weight_decay=0.1, form=form)
     entry = entry_of(settings, module)
@@ -50,7 +52,10 @@ def test_steps_follow_the_formula(form: str, module: nn.Module, block: int, monk
         entry.parameter.grad = (2 * gradient.t() if isinstance(module, Conv1D) else 2 * gradient).contiguous()
         entry.take_gradient(several=False)
         assert entry.parameter.grad is None
-        adam_step(entry, settings, step=step, rate=1e-2, decay=0.5, scale=0.5)
+        if together:
+            optimizers._update_together([entry], settings, step, 1e-2, 0.5, 0.5)
+        else:
+            adam_step(entry, settings, step=step, rate=1e-2, decay=0.5, scale=0.5)
     torch.testing.assert_close(entry.master, expected)
     torch.testing.assert_close(entry.visible, expected * entry.mask)
 
@@ -130,3 +135,26 @@ def test_without_a_mask_it_is_adamw() -> None:
         reference.step()
         adam_step(entry, settings, step=step, rate=1e-2, decay=0.0)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_tensors_updated_together_are_what_each_alone_would_be() -> None:
+    """As an accelerator does it: sparse weights, norms, decayed ones and one on a packed grid in one call."""
+    settings = AdamSettings(weight_decay=0.1)
+    found = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        norm, dense = nn.Parameter(torch.ones(8)), nn.Parameter(torch.randn(4, 8))
+        entries = [entry_of(settings), entry_of(settings), *(train_dense("d", p, settings) for p in (norm, dense))]
+        entries[1].transform = lambda values, _rows: values.round()
+        for step in (1, 2):
+            generator = torch.Generator().manual_seed(step)
+            for entry in entries:
+                entry.gradient = torch.randn(entry.master.shape, generator=generator)
+            if together:
+                optimizers._update_together(entries, settings, step, 1e-2, 0.5, 0.5)
+            else:
+                optimizers.adam_steps(entries, settings, step=step, rate=1e-2, decay=0.5, scale=0.5)
+            assert all(entry.gradient is None for entry in entries)
+        found.append([tensor for entry in entries for tensor in (entry.master, entry.visible.clone())])
+    for alone, beside in zip(*found, strict=True):
+        torch.testing.assert_close(alone, beside)

@@ -95,11 +95,13 @@ def sparse_linear(x: Tensor, values: Tensor, meta: Tensor, *, out_dtype: torch.d
     return (x.double() @ dense.double().T).to(out_dtype or x.dtype)
 
 
-def cusparselt(compressed: Tensor, x: Tensor, *, out_dtype: torch.dtype, alg_id: int) -> Tensor:
+def cusparselt(compressed: Tensor, x: Tensor, *, out_dtype: torch.dtype | None, alg_id: int) -> Tensor:
     """What cuSPARSELt computes, in torch; `compressed` is dense here, and one algorithm alone works."""
     if alg_id != 7:
         raise RuntimeError("algorithm not supported")
-    return (compressed.double() @ x.double()).to(out_dtype)
+    if out_dtype is not None and x.dtype == torch.bfloat16:
+        raise RuntimeError("out_dtype is for 8-bit values")
+    return (compressed.double() @ x.double()).to(out_dtype or x.dtype)
 
 
 @pytest.mark.parametrize("library", ["cutlass", "cusparselt"])
@@ -118,13 +120,35 @@ def test_the_sparse_product_is_that_of_the_stored_weight(
     fmt, stored = packed(name, -1)
     x = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     x[0, 1] = 0
+    semi_structured._cusparselt_multiplies.cache_clear()
     prepared = semi_structured.prepare(stored["weight_packed"], stored["weight_meta"], stored.get("weight_scale"))
+    assert prepared is not None
+    assert (semi_structured.COMPRESSED in prepared) == (library == "cusparselt")
     found = cuda.linear(name, x, prepared, -1)
     expected = x.double() @ fmt.unpack_quantized(stored).dequantized().double().T
     assert found is not None
     assert found.dtype == x.dtype
     assert found[0, 1].abs().max() == 0
     assert (found - expected).norm() < error * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["sparse24", "sparse24_int8", "sparse24_fp8"])
+def test_where_cusparselt_refuses_another_path_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object, **_options: object) -> Tensor:
+        raise RuntimeError("not supported on this device")
+
+    monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", refuse)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(semi_structured, "tuned", lambda key, settings, run: settings[7])
+    semi_structured._cusparselt_multiplies.cache_clear()
+    _, stored = packed(name, -1)
+    prepared = semi_structured.prepare(stored["weight_packed"], stored["weight_meta"], stored.get("weight_scale"))
+    semi_structured._cusparselt_multiplies.cache_clear()
+    if name == "sparse24_fp8":
+        assert prepared is None, "nothing but cuSPARSELt multiplies fp8: it is unpacked"
+    else:
+        assert prepared is not None and semi_structured.PACKED in prepared
 
 
 def test_a_token_of_nan_makes_no_other_nan() -> None:

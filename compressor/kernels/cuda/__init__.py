@@ -62,7 +62,7 @@ def prepare(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], gr
         return dict(tensors)
     from compressor.kernels.cuda import semi_structured
 
-    return semi_structured.prepare(packed, tensors["weight_meta"], tensors.get("weight_scale"))
+    return semi_structured.prepare(packed, tensors["weight_meta"], tensors.get("weight_scale")) or dict(tensors)
 
 
 def linear(name: str, x: Tensor, tensors: Mapping[str, Tensor], group_size: int) -> Tensor | None:

@@ -12,7 +12,9 @@ Shapes: M tokens, O out_features, I in_features.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from torch.sparse._semi_structured_conversions import _calculate_meta_reordering
 
 from compressor.formats.positions import expand24
 from compressor.kernels.cuda.tuning import tuned
+
+logger = logging.getLogger(__name__)
 
 FP8 = torch.float8_e4m3fn
 MULTIPLES = {torch.bfloat16: (32, 64), torch.float16: (32, 64), torch.int8: (32, 128), FP8: (32, 64)}
@@ -52,15 +56,39 @@ def cutlass_layout(kept: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
     return kept.contiguous(), reordered.view(words.shape)
 
 
-def prepare(kept: Tensor, meta: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
-    """The layout of the library at hand, from stored values and positions, and scales [O, 1] of 8-bit values."""
+def prepare(kept: Tensor, meta: Tensor, scale: Tensor | None = None) -> dict[str, Tensor] | None:
+    """The layout of the library at hand, from stored values and positions, and scales [O, 1] of 8-bit values.
+
+    None where neither library takes such values.
+    """
     found = {} if scale is None else {SCALE: scale.float().flatten()}
-    if not torch.backends.cusparselt.is_available():
-        packed, reordered = cutlass_layout(kept, meta)
-        return found | {PACKED: packed, META: reordered}
+    if torch.backends.cusparselt.is_available() and _cusparselt_multiplies(kept.dtype, kept.device):
+        return found | _compressed(kept, meta)
+    if kept.dtype == FP8:
+        return None
+    packed, reordered = cutlass_layout(kept, meta)
+    return found | {PACKED: packed, META: reordered}
+
+
+def _compressed(kept: Tensor, meta: Tensor) -> dict[str, Tensor]:
     bits = kept.view(torch.int8) if kept.dtype == FP8 else kept  # to move fp8 about, torch wants to see bytes
     dense = expand24(bits, meta).view(kept.dtype)
-    return found | {COMPRESSED: torch._cslt_compress(dense), ROWS: kept.new_empty(kept.shape[0], 0)}
+    return {COMPRESSED: torch._cslt_compress(dense), ROWS: kept.new_empty(kept.shape[0], 0)}
+
+
+@cache
+def _cusparselt_multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this version of the library takes such values on this device: asked once, by a small product."""
+    rows, columns = MULTIPLES[dtype]
+    kept = torch.zeros(rows, columns // 2, dtype=torch.int8, device=device).to(dtype)
+    meta = torch.full((rows, columns // 8), 0x44, dtype=torch.uint8, device=device)  # the first two of each four
+    x = torch.zeros(_TOKENS, columns, dtype=torch.int8, device=device).to(dtype)
+    try:
+        _product(x, _compressed(kept, meta), _SUMS.get(dtype, dtype))
+    except RuntimeError as error:
+        logger.warning("cuSPARSELt does not multiply %s here (%s): another path is taken", dtype, error)
+        return False
+    return True
 
 
 def linear(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -98,7 +126,8 @@ def _cusparselt(x: Tensor, compressed: Tensor, rows: int, out: torch.dtype) -> T
     """[M, O]; one operator, so that torch.compile does not look into the search for an algorithm."""
 
     def product(algorithm: int) -> Tensor:
-        return torch._cslt_sparse_mm(compressed, x.t(), out_dtype=out, alg_id=algorithm)
+        wanted = None if out == x.dtype else out  # that of 16-bit values may not be named
+        return torch._cslt_sparse_mm(compressed, x.t(), out_dtype=wanted, alg_id=algorithm)
 
     bucket = 1 << (x.shape[0] - 1).bit_length()  # one search for all batches up to a power of two
     key = f"cusparselt/{bucket}/{rows}/{x.shape[1]}/{x.dtype}"

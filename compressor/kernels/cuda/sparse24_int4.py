@@ -18,13 +18,10 @@ from torch import Tensor
 from compressor.kernels.cuda.tuning import tuned
 
 BLOCK_M = (16, 32, 64)
-CANDIDATES = tuple(
-    {"BLOCK_N": n, "BLOCK_K": k, "SPLITS": splits, "num_warps": warps, "num_stages": 3}
-    for n in (32, 64, 128)
-    for k in (32, 64, 128)
-    for splits in (1, 2, 4, 8)
-    for warps in (4, 8)
-)
+BLOCK_K = (128, 64, 32)
+_TILES = ((32, 4), (64, 4), (128, 4), (128, 8))
+"""(rows of a program, warps)."""
+_SPLITS = (1, 2, 4, 8)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -41,10 +38,10 @@ def _expanded(packed, meta):  # type: ignore[no-untyped-def]
     return tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
 
 
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+@triton.jit(do_not_specialize=["M", "STEPS", "SPLITS"])  # type: ignore[untyped-decorator,unused-ignore]
 def _kernel(  # type: ignore[no-untyped-def]
-    x, packed, meta, scale, out, M, N, K, GROUP, STEPS,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    x, packed, meta, scale, out, M, N, K, GROUP, STEPS, SPLITS,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -81,11 +78,16 @@ def supports(in_features: int, group_size: int) -> bool:
 
 
 def candidates(group_size: int, tokens: int) -> list[dict[str, int]]:
-    """The settings that a group allows; K is split only where few tokens leave the processors idle."""
+    """The settings that a group allows; K is split only where few tokens leave the processors idle.
+
+    Each pair of block sizes is compiled, which takes a second: they are the few that have a chance.
+    """
+    steps = [k for k in BLOCK_K if group_size == -1 or group_size % k == 0][:2]
     return [
-        one
-        for one in CANDIDATES
-        if (group_size == -1 or group_size % one["BLOCK_K"] == 0) and (tokens <= BLOCK_M[-1] or one["SPLITS"] == 1)
+        {"BLOCK_N": n, "BLOCK_K": k, "SPLITS": splits, "num_warps": warps, "num_stages": 3}
+        for n, warps in _TILES
+        for k in steps
+        for splits in (_SPLITS if tokens <= BLOCK_M[-1] else _SPLITS[:1])
     ]
 
 
@@ -94,12 +96,13 @@ def launch(x: Tensor, tensors: tuple[Tensor, Tensor, Tensor], group_size: int, s
     packed, meta, scale = tensors
     (tokens, columns), rows = x.shape, packed.shape[0]
     block_m = next((size for size in BLOCK_M if tokens <= size), BLOCK_M[-1])
-    sizes = {**setting, "BLOCK_M": block_m}
+    sizes = {key: value for key, value in setting.items() if key != "SPLITS"} | {"BLOCK_M": block_m}
     out = torch.empty(setting["SPLITS"], tokens, rows, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(rows, setting["BLOCK_N"]), triton.cdiv(tokens, block_m), setting["SPLITS"])
     group = columns if group_size == -1 else group_size
     steps = triton.cdiv(columns, setting["BLOCK_K"])
-    _kernel[grid](x, packed, meta, scale, out, tokens, rows, columns, group, steps, **sizes)
+    splits = setting["SPLITS"]
+    _kernel[grid](x, packed, meta, scale, out, tokens, rows, columns, group, steps, splits, **sizes)
     return out.sum(0).to(x.dtype)
 
 

@@ -31,13 +31,15 @@ def tuned(key: str, settings: Sequence[Setting], run: Callable[[Setting], object
 
 def _fastest(key: str, settings: Sequence[Setting], run: Callable[[Setting], object]) -> int:
     times: dict[int, float] = {}
+    reason: Exception | None = None
     for number, setting in enumerate(settings):
         try:
             times[number] = _milliseconds(lambda one=setting: run(one))  # type: ignore[misc]
         except Exception as error:  # too much shared memory, or a layout that a library does not take
             logger.debug("%s: setting %s is left out: %s", key, setting, error)
+            reason = error
     if not times:
-        raise RuntimeError(f"no setting of {key} runs on this device")
+        raise RuntimeError(f"no setting of {key} runs on this device: {reason}")
     return min(times, key=lambda number: times[number])
 
 
