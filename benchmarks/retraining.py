@@ -68,6 +68,7 @@ def fill(rows: list[dict[str, Any]], table: Sequence[Arm], bench: Bench, write: 
     """Makes and measures the rows that are missing, `--jobs` at a time; one that another packs comes first."""
     started, lock = time.monotonic(), threading.Lock()
     running: dict[str, Future[None]] = {}
+    measured: set[str] = set()
 
     def late() -> bool:
         return (time.monotonic() - started) / 60 > bench.options.minutes
@@ -85,18 +86,16 @@ def fill(rows: list[dict[str, Any]], table: Sequence[Arm], bench: Bench, write: 
                 print(_sentence(made), flush=True)
         with lock:
             row = to_measure(rows, table, arm)
-            if row is not None:
-                row["last_word_accuracy"] = None  # so that no other thread measures it too
-        if row is not None:
-            try:
-                found = bench.measured(row["arm"])
-            except BaseException:
-                del row["last_word_accuracy"]
-                raise
-            with lock:
-                row |= found
-                write()
-                print(_sentence(row), flush=True)
+            if row is None or row["arm"] in measured:
+                return
+            measured.add(row["arm"])
+        if not bench.folder(row["arm"]).is_dir():  # recorded on another machine
+            bench.made(next(arm for arm in table if arm.label == row["arm"]))
+        found = bench.measured(row["arm"])
+        with lock:
+            row |= found
+            write()
+            print(_sentence(row), flush=True)
 
     with ThreadPoolExecutor(bench.options.jobs) as pool:
         for arm in table:
@@ -178,7 +177,11 @@ class Bench:
 
     def measured(self, label: str) -> dict[str, Any]:
         """What the held-out texts say of an arm that is made."""
-        return self._measure(label, self.work / _file_name(label))
+        return self._measure(label, self.folder(label))
+
+    def folder(self, label: str) -> Path:
+        """Where an arm's model is, once it is made."""
+        return self.work / _file_name(label)
 
     def _base(self, arm: Arm) -> Path:
         """What the arm compresses: the dense model, or another arm's, its zeros in place."""

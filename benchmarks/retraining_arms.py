@@ -1,7 +1,8 @@
 """The arms of `python -m benchmarks retraining`: each is a recipe and a budget of tokens.
 
-All train on the same blocks of the same text, in the same order, with schedules that are shares of the budget. The
-published recipe is given a grid of starting points and rates; the best on held-out training text stands for it.
+All train on the same blocks of the same text, with schedules that are shares of the budget. The published recipe is
+given a grid of starting points and rates, the shipped recipe's start and batch among them; the best on held-out
+training text stands for it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _RATES = (3e-4, 1e-3, 1e-4)
 _STARTS = ("sparsegpt", "magnitude")
 # The published settings (GPT-2 sizes), but for the batch: 128 blocks of 1,024 tokens would be one step.
 _PUBLISHED_LOOP: Record = {
+    "batch": 2,
     "warmup": 0.05,
     "final_rate": 0.1,
     "cooldown": 0.05,
@@ -86,6 +88,15 @@ def arms_of(budget: str) -> list[Arm]:
         for start in _STARTS
         for rate in _RATES
     ]
+    grid += [
+        Arm(
+            f"AST as published, our start and batch, rate {rate:g} @ {budget}",
+            "AST as published",
+            tokens,
+            published("sparsegpt", rate, like=shipped("ast-2of4-bf16")),
+        )
+        for rate in _RATES[::2]
+    ]
     cast = [
         Arm(f"CAST, rate {rate:g}, lambda {decay:g} @ {budget}", "CAST", tokens, cast_recipe(rate, decay))
         for rate in (3e-4, 1e-3)
@@ -106,7 +117,7 @@ def arms_of(budget: str) -> list[Arm]:
     )
     slorb = Arm(f"ours SLoRB int4 @ {budget}", "ours SLoRB int4", tokens, shipped("ast-slorb-2of4-int4"))
     if budget == "1M":  # hours on a CPU: the published recipe from the better start, and ours
-        return [ours, *packed, *grid[: len(_RATES)]]
+        return [ours, *packed, *(arm for arm in grid if "magnitude" not in arm.label)]
     return [ours, *packed, trained, *grid, *cast, slorb]
 
 
@@ -127,17 +138,21 @@ def ablation_arms() -> list[Arm]:
     ]
 
 
-def published(start: str, rate: float) -> Record:
-    """AST with the paper's settings as shares of the budget."""
-    retraining = {"method": "ast", "loop": _PUBLISHED_LOOP | {"learning_rate": rate}, "ast": _PUBLISHED_AST}
-    return _with(_ONE_SHOT, {"sparsity": {"criterion": start, "samples": 32}, "retraining": retraining})
+def published(start: str, rate: float, *, like: Record | None = None) -> Record:
+    """AST with the paper's settings as shares of the budget; with the samples and the batch of another recipe."""
+    loop = _PUBLISHED_LOOP | {"learning_rate": rate}
+    samples = 32
+    if like is not None:
+        samples, loop["batch"] = like["sparsity"]["samples"], like["retraining"]["loop"]["batch"]
+    retraining = {"method": "ast", "loop": loop, "ast": _PUBLISHED_AST}
+    return _with(_ONE_SHOT, {"sparsity": {"criterion": start, "samples": samples}, "retraining": retraining})
 
 
 def cast_recipe(rate: float, decay: float) -> Record:
     """CAST with KL weight 1/3, from the dense weights."""
     retraining = {
         "method": "cast",
-        "loop": {"learning_rate": rate, "kl_weight": 1 / 3, "weight_decay": 0.0},
+        "loop": {"learning_rate": rate, "kl_weight": 1 / 3, "weight_decay": 0.0, "batch": 2},
         "cast": {"l1_decay": decay},
     }
     return _with(_ONE_SHOT, {"retraining": retraining})

@@ -123,3 +123,56 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         retraining._wanted(Namespace(budgets="2M", ablation=False, methods=None))
     with pytest.raises(ValueError, match="no method 'adam'"):
         retraining._wanted(Namespace(budgets="0.1M", ablation=False, methods="adam"))
+
+
+class Stub:
+    """A bench that makes rows at once; `losses` by label."""
+
+    def __init__(self, folder: Path, losses: dict[str, float]) -> None:
+        self.options, self.losses, self.work = Namespace(jobs=3, minutes=math.inf), losses, folder
+        self.calls: list[str] = []
+
+    def folder(self, label: str) -> Path:
+        return self.work / label
+
+    def made(self, arm: Arm) -> dict[str, Any]:
+        self.calls.append(f"made {arm.label}")
+        self.folder(arm.label).mkdir(exist_ok=True)
+        loss = self.losses[arm.label]
+        return {"arm": arm.label, "method": arm.method, "tokens": arm.tokens, "validation_loss_retrained": loss}
+
+    def measured(self, label: str) -> dict[str, Any]:
+        assert self.folder(label).is_dir()
+        self.calls.append(f"measured {label}")
+        return {"log_ppl heldout": 1.0, "last_word_accuracy": 0.5}
+
+
+def test_the_table_is_filled_side_by_side_and_the_best_setting_is_measured(tmp_path: Path) -> None:
+    table = [Arm("a", "m", 10, {}), Arm("b", "m", 10, {}), Arm("c", "n", 10, {}), Arm("packed", "p", 10, {}, base="c")]
+    bench = Stub(tmp_path, {"a": 2.0, "b": 1.0, "c": 3.0, "packed": 3.0})
+    rows: list[dict[str, Any]] = []
+    retraining.fill(rows, table, bench, lambda: None)  # type: ignore[arg-type]
+    assert sorted(bench.calls) == sorted([f"made {each.label}" for each in table] + [
+        "measured b", "measured c", "measured packed",
+    ])  # fmt: skip
+    assert bench.calls.index("made packed") > bench.calls.index("measured c")
+    calls = len(bench.calls)
+    retraining.fill(rows, table, bench, lambda: None)  # type: ignore[arg-type]
+    assert len(bench.calls) == calls, "nothing is made twice"
+
+
+def test_a_row_recorded_on_another_machine_is_made_again_to_be_measured(tmp_path: Path) -> None:
+    table = [Arm("a", "m", 10, {}), Arm("b", "m", 10, {})]
+    bench = Stub(tmp_path, {"a": 2.0, "b": 1.0})
+    rows = [{"arm": "b", "method": "m", "tokens": 10, "validation_loss_retrained": 1.0}]
+    retraining.fill(rows, table, bench, lambda: None)  # type: ignore[arg-type]
+    assert sorted(bench.calls) == ["made a", "made b", "measured b"]
+
+
+def test_a_row_that_fails_to_be_measured_can_be_tried_again(tmp_path: Path) -> None:
+    bench = Stub(tmp_path, {"a": 2.0})
+    bench.measured = lambda label: (_ for _ in ()).throw(ValueError("no room"))  # type: ignore[method-assign]
+    rows: list[dict[str, Any]] = []
+    with pytest.raises(ValueError, match="no room"):
+        retraining.fill(rows, [Arm("a", "m", 10, {})], bench, lambda: None)  # type: ignore[arg-type]
+    assert "last_word_accuracy" not in rows[0]
