@@ -37,7 +37,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
-    max_prefill_beside_decode: int = 128
+    max_prefill_beside_decode: int = 256
     block_size: int = 16
     prefix_caching: bool = True
     compile: bool = True
