@@ -98,7 +98,7 @@ def fill(rows: list[dict[str, Any]], table: Sequence[Arm], bench: Bench, write: 
             print(_sentence(row), flush=True)
 
     with ThreadPoolExecutor(bench.options.jobs) as pool:
-        for arm in table:
+        for arm in sorted(table, key=lambda arm: arm.base is not None):  # one that waits takes no other's place
             running[arm.label] = pool.submit(one, arm)
         for future in running.values():
             future.result()
