@@ -29,7 +29,8 @@ _CHECKPOINT_MINUTES = 3.0
 _LOOP = LoopSettings(batch=BATCH, warmup=0.1, beta2=0.999, kl_weight=0.0)
 # What --grid tries, for every method: learning rates of the weights, or of U V.
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-# And for PST: the score's, as a multiple of it, and the rank of U V.
+# And for PST: the score's, as a multiple of it, and the rank of U V. Movement's scores start at zero and only their
+# order counts, so their rate changes nothing.
 _SCORE_RATES, _RANKS = (0.1, 1.0), (8, 64)
 _HEAD_RATE = 5.0
 METHODS = ("dense", "movement", "pst", "magnitude", "lora-magnitude")

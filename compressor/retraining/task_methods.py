@@ -2,9 +2,8 @@
 
 `dense` trains everything and prunes nothing. `magnitude` trains everything and masks the smallest |W| of each layer
 (Zhu & Gupta, arXiv 1710.01878). `movement` trains everything and, beside each weight, a score of its own
-(Sanh et al., NeurIPS 2020, arXiv 2005.07683): dL/dS = G * W, so S adds up -G * W, by plain steps: under Adam, which
-takes all gradients for alike, the scores of a short run are noise. All masks are straight-through and grow by the same
-cubic schedule. LoRA + magnitude is PST with |W'| alone as its score and no gradient through it.
+(Sanh et al., NeurIPS 2020, arXiv 2005.07683): dL/dS = G * W, so S adds up -G * W. All masks are straight-through and
+grow by the same cubic schedule. LoRA + magnitude is PST with |W'| alone as its score and no gradient through it.
 
 Shapes: O out_features, I in_features.
 """
@@ -74,8 +73,6 @@ class FullTraining:
         mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         zeros = torch.zeros(weight.shape, device=weight.device)
         score = small(f"{name}.score", zeros) if self.criterion == "movement" else None
-        if score is not None:
-            score.momentum = score.variance = zeros.new_empty(0)
         return _Sparse(train_linear(f"{name}.weight", module, mask, self.adam), mask, score)
 
     @property
@@ -118,7 +115,9 @@ class FullTraining:
         """One optimiser step on everything that trains."""
         for layer in self.sparse.values():
             if layer.score is not None and layer.weight.gradient is not None:
-                layer.score.master.addcmul_(layer.weight.gradient.float(), layer.weight.master, value=-1.0)
+                layer.score.gradient = layer.weight.gradient.float() * layer.weight.master
+                own = rate * self.settings.score_rate  # one at a time: never do all their gradients exist
+                adam_steps([layer.score], self.adam, step=step + 1, rate=own, decay=0.0, scale=scale)
         weights = [layer.weight for layer in self.sparse.values()]
         head = [entry for entry in self.dense if entry.name in self._head]
         rest = [entry for entry in self.dense if entry.name not in self._head]
