@@ -191,16 +191,19 @@ def test_cross_entropy_alone_needs_no_teacher() -> None:
 
 
 def test_the_hidden_state_loss_brings_the_blocks_nearer() -> None:
-    model, teacher = llama(), llama()
-    linears = linears_of(model)
-    objective = TextDistillation(text(), teacher, kl_weight=0.5, distill="hidden")
-    found: list[dict[str, float]] = []
-    retrain(
-        model, objective, linears, masks_of(linears), Budget(tokens=60 * 64), loop=FP32, settings=AstSettings(),
-        progress=lambda _step, _total, metrics: found.append(dict(metrics)),
-    )  # fmt: skip
-    assert found[-1]["hidden"] < 0.9 * found[0]["hidden"]
-    assert found[0]["total"] == pytest.approx(0.5 * found[0]["hidden"] + 0.5 * found[0]["ce"])
+    found: dict[float, list[dict[str, float]]] = {1.0: [], 0.5: []}
+    for weight, metrics in found.items():
+        model, teacher = llama(), llama()
+        linears = linears_of(model)
+        objective = TextDistillation(text(), teacher, kl_weight=weight, distill="hidden")
+        retrain(
+            model, objective, linears, masks_of(linears), Budget(tokens=60 * 64), loop=FP32, settings=AstSettings(),
+            progress=lambda _step, _total, step_metrics, into=metrics: into.append(dict(step_metrics)),  # type: ignore[misc]
+        )  # fmt: skip
+    far = [metrics["hidden"] for metrics in found[1.0]]
+    assert sum(far[-10:]) < 0.7 * sum(far[:10])
+    assert found[0.5][0]["total"] == pytest.approx(0.5 * found[0.5][0]["hidden"] + 0.5 * found[0.5][0]["ce"])
+    teacher = llama()
     with pytest.raises(ValueError, match="accepted are kl, hidden"):
         TextDistillation(text(), teacher, distill="attention")
     with pytest.raises(ValueError, match="no teacher cache holds"):
@@ -350,3 +353,22 @@ def test_a_half_written_snapshot_is_ignored(tmp_path: Path) -> None:
     again = llama()
     run(again, loop=saving, work_dir=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
+def test_a_hidden_state_term_beside_kl_brings_the_blocks_nearer() -> None:
+    """loop.hidden_weight: the same seed and steps end nearer to the teacher's blocks than KL alone."""
+    far = {}
+    for weight in (0.0, 3.0):
+        model, teacher = llama(), llama()
+        linears = linears_of(model)
+        objective = TextDistillation(text(), teacher, kl_weight=1.0, hidden_weight=weight)
+        retrain(model, objective, linears, masks_of(linears), Budget(tokens=60 * 64), loop=FP32, settings=AstSettings())
+        ids = text()[:4]
+        with torch.no_grad():
+            states = [net.model(input_ids=ids, output_hidden_states=True).hidden_states[1:] for net in (model, teacher)]
+        far[weight] = sum(float((a - b).square().sum() / b.square().sum()) for a, b in zip(*states, strict=True))
+    assert far[3.0] < far[0.0]
+    with pytest.raises(ValueError, match="hidden_weight -1"):
+        TextDistillation(text(), llama(), hidden_weight=-1.0)
+    with pytest.raises(ValueError, match="no teacher cache holds"):
+        TextDistillation(text(), llama(), hidden_weight=1.0, cache="hidden")
