@@ -10,6 +10,8 @@ from typing import Protocol
 GIB = 2**30
 CACHE_DTYPES = ("auto", "bfloat16", "int8", "fp8")
 
+_FIXED_CHUNK = 128
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -68,9 +70,14 @@ class EngineConfig:
         if self.kv_cache_gb is not None and not 0 < self.kv_cache_gb < 1e6:
             raise ValueError(f"kv_cache_gb must be a positive number of GiB, got {self.kv_cache_gb}")
 
+    @property
+    def fixed_chunk(self) -> int:
+        """Prompt tokens of a sequence that `deterministic` computes at once; prompts are shared by whole chunks."""
+        return min(self.max_prefill_beside_decode, _FIXED_CHUNK)
+
     def _check_deterministic(self) -> None:
         """Whole chunks, of whole blocks, beside everything that decodes."""
-        chunk = self.max_prefill_beside_decode
+        chunk = self.fixed_chunk
         if chunk % self.block_size or self.max_num_batched_tokens < self.max_num_seqs + chunk:
             raise ValueError(
                 f"--deterministic computes prompts in chunks of {chunk} tokens beside {self.max_num_seqs} sequences: "

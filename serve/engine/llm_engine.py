@@ -107,7 +107,7 @@ class LLMEngine:
             config.max_num_batched_tokens,
             config.max_prefill_beside_decode,
             self.prompt_lookup,
-            config.max_prefill_beside_decode if config.deterministic else None,
+            config.fixed_chunk if config.deterministic else None,
         )
         self.grammars = GrammarCompiler(tokenizer, loaded.config.vocab_size, self.eos_token_ids)
         self.sampler = Sampler(self.eos_token_ids)
