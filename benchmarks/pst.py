@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     flags.add_argument("--patterns", default=",".join(PATTERNS), help="mask shapes (default: %(default)s)")
     flags.add_argument("--methods", default=",".join((*METHODS, *SCORES)), help="only these (default: %(default)s)")
     flags.add_argument("--seeds", type=int, default=3, help="runs of each arm (default: %(default)s)")
-    flags.add_argument("--examples", type=int, help="sentences to train on (default: all 6.6k)")
+    flags.add_argument("--examples", type=int, help="sentences to train on (default: all 8.0k)")
     flags.add_argument("--jobs", type=int, default=1, help="rows made side by side: more than 1 on a GPU")
     flags.add_argument("--test", type=int, help="sentences to test on (default: all 3.7k)")
     flags.add_argument("--epochs", type=float, default=3.0, help="passes over them (default: %(default)s)")
@@ -83,7 +83,7 @@ def _check(options: Any) -> None:
 
 
 Job = tuple[str, str, "PstArm | None"]
-"""Label of the row, what makes it (a key of _MAKERS), and its arm."""
+"""Label of the row, what makes it (a name in `_row`), and its arm."""
 
 
 def _wanted(options: Any) -> list[list[Job]]:
