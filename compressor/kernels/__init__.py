@@ -28,6 +28,16 @@ def supported_isas() -> list[str]:
     return [] if loaded is None else loaded.halfweight_supported_isas().decode().split(",")
 
 
+def set_batch_invariant(on: bool) -> None:
+    """Whether, in this process, a token's result must not depend on how many others are computed with it.
+
+    Off at first: many tokens then go through bf16 matrix tiles where the machine has them, faster and closer to exact
+    than the int8 activations that few tokens get.
+    """
+    if loading.LIBRARY is not None:
+        loading.LIBRARY.halfweight_set_batch_invariant(on)
+
+
 def describe() -> str:
     """One line for people: which kernels run here."""
     if not available():

@@ -6,6 +6,7 @@ pruned positions too and so loses 2:4; here pruned weights take no update and st
 
 U knows nothing of the mask, so half of each correction is lost. Sweeps of coordinate descent win it back: each kept
 value in turn is set to the grid point that is best with all others fixed, which never makes the layer's error larger.
+Between sweeps each group's scale is fitted to the values chosen so far, by least squares under the same Hessian.
 
 Shapes: O out_features, I in_features, C columns of a block.
 """
@@ -22,7 +23,7 @@ from compressor.quantizers.rtn import rtn, snap
 from compressor.scheme import Scheme
 
 _BLOCK = 128
-_SWEEPS = 2
+_SWEEPS = 4
 
 
 @torch.no_grad()
@@ -44,10 +45,12 @@ def gptq(weight: Tensor, stats: LayerStats | None, scheme: Scheme, *, act_order:
     mask = original != 0  # in a dense format too: it may hold another sparsity than 2:4
     solve = _by_activity if act_order else _by_group
     w, scale = solve(original, mask, stats, scheme, fmt)
-    steps = scale.float().repeat_interleave(w.shape[1] // scale.shape[1], dim=1)
+    size = w.shape[1] // scale.shape[1]
     hessian = stats.hessian + 0.01 * stats.hessian.diagonal().mean() * torch.eye(w.shape[1], device=w.device)
-    for _ in range(_SWEEPS):
-        _sweep(w, original, mask, hessian, steps, fmt)
+    for sweep in range(_SWEEPS):
+        if sweep:
+            _fit_scales(w, original, hessian, scale)
+        _sweep(w, original, mask, hessian, scale.float().repeat_interleave(size, dim=1), fmt)
     return snap(w, scale, fmt)
 
 
@@ -96,6 +99,27 @@ def _round_columns(w: Tensor, mask: Tensor, u: Tensor, start: int, end: int, ste
             columns[j + 1 :] -= later[:, None] * errors[j] * kept[j + 1 :]
         w[:, first:last] = columns.t()
         w[:, last:] -= (errors.t() @ u[first:last, last:]) * mask[:, last:]
+
+
+def _fit_scales(q: Tensor, w: Tensor, hessian: Tensor, scale: Tensor) -> None:
+    """Sets each group's scale [O, G], and q [O, I] with it, in place, to what is best for (w - q) H (w - q)^T.
+
+    A scale that its dtype cannot hold well enough to be better than the one before stays.
+    """
+    gradient, size = (w - q) @ hessian, w.shape[1] // scale.shape[1]
+    for g in range(scale.shape[1]):
+        group = slice(g * size, (g + 1) * size)
+        old = scale[:, g].float()
+        values = q[:, group] / old[:, None]
+        slope = (values * gradient[:, group]).sum(1)
+        curvature = ((values @ hessian[group, group]) * values).sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+        new = (old + slope / curvature).to(scale.dtype)
+        step = new.float() - old
+        step = torch.where((new > 0) & (step * (2 * slope - step * curvature) > 0), step, 0.0)
+        scale[:, g] = (old + step).to(scale.dtype)
+        change = values * step[:, None]
+        q[:, group] += change
+        gradient -= change @ hessian[group]
 
 
 def _sweep(q: Tensor, w: Tensor, mask: Tensor, hessian: Tensor, steps: Tensor, fmt: Format) -> None:

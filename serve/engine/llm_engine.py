@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor import kernels
 from serve.engine.block_manager import BlockManager
 from serve.engine.compiled import BackgroundCompiler, CompiledStep, can_compile, program_path
 from serve.engine.config import EngineConfig, plan_cache
@@ -101,6 +102,7 @@ class LLMEngine:
         self.prompt_lookup = (
             PromptLookup(config.prompt_lookup, self.plan.max_model_len) if config.prompt_lookup else None
         )
+        kernels.set_batch_invariant(config.deterministic)
         self.scheduler = Scheduler(
             self.blocks,
             config.max_num_seqs,

@@ -66,19 +66,27 @@ std::vector<uint8_t> make_blob(Format format, int rows, int columns, int group, 
 struct Quantised {
   std::vector<int8_t> values;
   std::vector<float> scales, floats;
+  std::vector<uint16_t> halves;
   Activations a;
 };
 
-Quantised make_input(const Kernels& k, const Weight& w, const std::vector<float>& x, int tokens, bool tiles) {
-  const int padded = tiles ? (tokens + kTileTokens - 1) / kTileTokens * kTileTokens : tokens, columns = w.in_padded;
+enum class Path { int8, exact, tiles, halves };
+
+Quantised make_input(const Kernels& k, const Weight& w, const std::vector<float>& x, int tokens, Path path) {
+  const bool tiles = path == Path::tiles;
+  const int padded = tiles || path == Path::halves ? (tokens + kTileTokens - 1) / kTileTokens * kTileTokens : tokens, columns = w.in_padded;
   const int features = w.segment ? w.in_features * w.segment : w.in_features;
   Quantised q{std::vector<int8_t>(static_cast<size_t>(padded) * columns), std::vector<float>(static_cast<size_t>(padded) * w.groups),
-              std::vector<float>(static_cast<size_t>(padded) * columns), {}};
-  q.a = {tokens, columns, q.values.data(), tiles ? tile_columns(w) : 0, q.scales.data(), q.floats.data(), w.groups};
+              std::vector<float>(static_cast<size_t>(padded) * columns), std::vector<uint16_t>(static_cast<size_t>(padded) * columns), {}};
+  q.a = {tokens, columns, q.values.data(), tiles ? tile_columns(w) : 0, q.scales.data(), q.floats.data(), q.halves.data(), w.groups};
   std::vector<int8_t> row(columns);
   for (int t = 0; t < tokens; ++t) {
     float* f = q.floats.data() + static_cast<size_t>(t) * columns;
     k.to_float(x.data() + static_cast<size_t>(t) * features, Dtype::f32, features, w.segment, f, columns);
+    for (int c = 0; path == Path::halves && c < columns; ++c) {
+      const size_t at = static_cast<size_t>(t / kTileTokens * (columns / kHalfColumns) + c / kHalfColumns) * kTileTokens * kHalfColumns;
+      q.halves[at + t % kTileTokens * kHalfColumns + c % kHalfColumns] = bf16(f[c]);
+    }
     if (!is_quantised(w.format)) continue;
     const float factor = w.format == Format::sparse24_int4 || w.format == Format::int4 ? 16 : 1;
     k.quantise(f, columns, w.group, factor, !tiles && k.unsigned_x, row.data(), q.scales.data() + static_cast<size_t>(t) * w.groups);
@@ -92,19 +100,17 @@ Quantised make_input(const Kernels& k, const Weight& w, const std::vector<float>
   return q;
 }
 
-enum class Path { int8, exact, tiles };
-
 std::vector<float> run(const Kernels& k, Path path, const Weight& w, const Weight* branch, const std::vector<float>& x, int tokens) {
-  const bool tiles = path == Path::tiles;
-  Quantised input = make_input(k, w, x, tokens, tiles), sums;
-  if (branch) sums = make_input(k, *branch, x, tokens, tiles);
+  Quantised input = make_input(k, w, x, tokens, path), sums;
+  if (branch) sums = make_input(k, *branch, x, tokens, path);
   if (path == Path::exact) {
     std::fill(input.scales.begin(), input.scales.end(), 0.0f);
     std::fill(sums.scales.begin(), sums.scales.end(), 0.0f);
   }
   std::vector<float> bias(w.out_features, 0.5f), out(static_cast<size_t>(tokens) * w.out_features);
   const Linear call{&w, input.a, branch, sums.a, bias.data(), Dtype::f32, out.data(), Dtype::f32};
-  (tiles ? k.linear_tiles : path == Path::int8 ? k.linear_int8 : k.linear_float)(call, 0, w.blocks);
+  const auto blocks = path == Path::halves ? k.linear_halves : path == Path::tiles ? k.linear_tiles : path == Path::int8 ? k.linear_int8 : k.linear_float;
+  blocks(call, 0, w.blocks);
   return out;
 }
 
@@ -155,6 +161,8 @@ void check_linears(const Kernels& k, const Kernels& scalar) {
         for (const Weight* b : {static_cast<const Weight*>(nullptr), static_cast<const Weight*>(&branch)}) {
           const auto exact = run(scalar, Path::exact, w, b, x, tokens);
           compare("exact", k, run(k, Path::exact, w, b, x, tokens), exact, terms);
+          // Weights, inputs and a branch's weights are rounded to eight bits each.
+          if (k.linear_halves && (quantised || w.half == Half::bf16)) compare("halves", k, run(k, Path::halves, w, b, x, tokens), exact, 8000 * terms);
           if (!quantised) continue;
           const auto expected = run(scalar, Path::int8, w, b, x, tokens);
           compare("int8", k, run(k, Path::int8, w, b, x, tokens), expected, terms);
@@ -188,14 +196,17 @@ void check_steps(const Kernels& k, const Kernels& scalar) {
   }
 }
 
-void check_attention(const Kernels& k, const Kernels& scalar, CacheRow kind) {
-  for (int dim : {16, 80, 128})
+void check_attention(const Kernels& k, const Kernels& scalar, CacheRow kind, Dtype dtype) {
+  for (int dim : {16, 64, 80, 128})
     for (int queries : {1, 5, 20}) {
       const int heads = 3, block = 16, length = 100, blocks = 7;
       std::vector<float> query(static_cast<size_t>(queries) * heads * dim);
       for (float& v : query) v = uniform();
       const std::vector<int32_t> table{3, 0, 6, 1, 5, 2, 4}, starts{0, queries}, lengths{length};
-      Attention a{query.data(), nullptr, nullptr, table.data(), starts.data(), lengths.data(), Dtype::f32,
+      std::vector<uint16_t> halves(query.size());
+      for (size_t i = 0; i < query.size(); ++i) halves[i] = bf16(query[i]);
+      const void* data = dtype == Dtype::bf16 ? static_cast<const void*>(halves.data()) : query.data();
+      Attention a{data, nullptr, nullptr, table.data(), starts.data(), lengths.data(), dtype,
                   heads, 1, dim, block, blocks, heads * dim, 0.3f, kind};
       std::vector<char> cache(static_cast<size_t>(blocks) * block * a.row_bytes());
       a.keys = a.values = cache.data();
@@ -215,10 +226,17 @@ void check_attention(const Kernels& k, const Kernels& scalar, CacheRow kind) {
       }
       const AttentionPart part{0, 0, 0, queries, 0, length};
       const size_t rows = static_cast<size_t>(queries * heads + 3) / 4 * 4;
-      std::vector<float> memory(attention_floats(dim)), largest(rows), total(rows), ours(rows * dim), expected(rows * dim);
-      k.attend(a, part, memory.data(), ours.data(), largest.data(), total.data());
-      scalar.attend(a, part, memory.data(), expected.data(), largest.data(), total.data());
-      compare("attention", k, ours, expected);
+      std::vector<float> memory(attention_floats(dim) + 16), largest(rows), total(rows), ours(rows * dim), expected(rows * dim);
+      float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+      const auto divide = [&](std::vector<float>& sums) {
+        for (size_t i = 0; i < sums.size(); ++i) sums[i] = total[i / dim] > 0 ? sums[i] / total[i / dim] : 0;
+      };
+      k.attend(a, part, aligned, ours.data(), largest.data(), total.data());
+      divide(ours);
+      scalar.attend(a, part, aligned, expected.data(), largest.data(), total.data());
+      divide(expected);
+      // Tiles round each softmax weight to eight bits; values lie in [-1, 1].
+      compare("attention", k, ours, expected, dtype == Dtype::bf16 ? 4000 : 0);
     }
 }
 
@@ -232,7 +250,7 @@ int main() {
     const Kernels& k = *find_kernels(names.substr(begin, end - begin).c_str());
     check_linears(k, scalar);
     check_steps(k, scalar);
-    for (CacheRow kind : {CacheRow::bf16, CacheRow::int8, CacheRow::fp8}) check_attention(k, scalar, kind);
+    for (CacheRow kind : {CacheRow::bf16, CacheRow::int8, CacheRow::fp8}) for (Dtype dtype : {Dtype::f32, Dtype::bf16}) check_attention(k, scalar, kind, dtype);
     std::printf("%s: %s\n", k.name, failures ? "failed" : "ok");
     begin = end + 1;
   }

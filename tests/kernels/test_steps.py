@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compressor import kernels
 from compressor.kernels import attention, fused, loading
 from tests.kernels.test_linear import EXAMPLES
 
@@ -30,6 +31,11 @@ def assert_close(ours: Tensor, theirs: Tensor, noise: float = 4e-6) -> None:
     step = torch.finfo(ours.dtype).eps
     allowed = 1.01 * step * theirs.float().abs() + noise * max(1.0, float(theirs.float().abs().max()))
     assert ((ours.float() - theirs.float()).abs() <= allowed).all()
+
+
+def attention_noise(dtype: torch.dtype) -> float:
+    """Matrix tiles round the softmax's weights to bf16, where the queries are no better."""
+    return 2e-3 if kernels.isa() == "amx" and dtype == torch.bfloat16 else 4e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,7 +150,8 @@ def test_attention_matches_torch(data: st.DataObject) -> None:
     starts = torch.tensor([0, *queries]).cumsum(0).int()
     query = torch.randn(int(starts[-1]) + 2, heads, dim).to(dtype)
     arguments = (query, *caches, tables, starts, torch.tensor(lengths, dtype=torch.int32), dim**-0.5)
-    assert_close(attention.paged_attention(*arguments), portable(attention.paged_attention, *arguments))
+    noise = attention_noise(dtype)
+    assert_close(attention.paged_attention(*arguments), portable(attention.paged_attention, *arguments), noise)
 
 
 def test_attention_with_large_scores_and_bad_tables() -> None:

@@ -16,6 +16,7 @@ namespace halfweight {
 namespace {
 
 thread_local Scratch decoder_scratch;
+constexpr int64_t kPieceBlocks = 4;  // of a linear that a member takes at once, at least
 
 struct Sizes {
   int tokens, hidden, heads, kv_heads, dim, inner;
@@ -70,7 +71,7 @@ class LayerLinear {
       check_bias(*bias, weight_, name);
       bias_dtype_ = bias->dtype(name), bias_data_ = bias->data();
     }
-    step_ = LinearStep(kernels(), weight_, low_rank ? &branch_ : nullptr, sizes.tokens, false);
+    step_ = LinearStep(kernels(), weight_, low_rank ? &branch_ : nullptr, sizes.tokens, sizes.dtype, false);
   }
   LayerLinear(const LayerLinear&) = delete;  // the step points into it
   LinearStep& step() { return step_; }
@@ -183,22 +184,24 @@ void run_layer(Team::Member& member, const Layer& layer, const Step& step, const
     k.rms_norm(before, residual, layer.attention_norm, s.hidden, s.eps, b.normed, b.sum, t, floats);
     layer.qkv.fill(b.normed, s.dtype, t, own);
   });
-  member.share(layer.qkv.blocks(), [&](int64_t begin, int64_t end) { layer.qkv.run(b.mixed, s.dtype, begin, end); });
+  member.claim(layer.qkv.blocks(), kPieceBlocks, [&](int64_t begin, int64_t end) { layer.qkv.run(b.mixed, s.dtype, begin, end); });
   member.each(s.tokens, [&](int64_t t) { place_token(k, layer, step, b, t, floats); });
-  member.each(attention.parts(), [&](int64_t i) { attention.attend(i, layer.keys, layer.values, own); });
+  member.claim(attention.parts(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) attention.attend(i, layer.keys, layer.values, own);
+  });
   member.each(attention.jobs(), [&](int64_t i) { attention.merge(i, b.attended, own); });
   member.each(s.tokens, [&](int64_t t) { layer.o.fill(b.attended, s.dtype, t, own); });
-  member.share(layer.o.blocks(), [&](int64_t begin, int64_t end) { layer.o.run(b.projected, s.dtype, begin, end); });
+  member.claim(layer.o.blocks(), kPieceBlocks, [&](int64_t begin, int64_t end) { layer.o.run(b.projected, s.dtype, begin, end); });
   member.each(s.tokens, [&](int64_t t) {
     k.rms_norm({b.projected, s.dtype, s.hidden}, sum, layer.mlp_norm, s.hidden, s.eps, b.normed, stream, t, floats);
     layer.up.fill(b.normed, s.dtype, t, own);
   });
-  member.share(layer.up.blocks(), [&](int64_t begin, int64_t end) { layer.up.run(b.expanded, s.dtype, begin, end); });
+  member.claim(layer.up.blocks(), kPieceBlocks, [&](int64_t begin, int64_t end) { layer.up.run(b.expanded, s.dtype, begin, end); });
   member.each(s.tokens, [&](int64_t t) {
     k.silu_and_mul({b.expanded, s.dtype, 2 * s.inner}, s.inner, b.gated, t, floats);
     layer.down.fill(b.gated, s.dtype, t, own);
   });
-  member.share(layer.down.blocks(), [&](int64_t begin, int64_t end) { layer.down.run(out, s.dtype, begin, end); });
+  member.claim(layer.down.blocks(), kPieceBlocks, [&](int64_t begin, int64_t end) { layer.down.run(out, s.dtype, begin, end); });
 }
 
 void check_step(const Tensor& positions, const Tensor& slots, const Tensor& table, int64_t tokens, int64_t capacity) {

@@ -1,4 +1,5 @@
 // Which instruction set runs: the best that processor and kernel offer, or HALFWEIGHT_ISA's.
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -32,9 +33,10 @@ struct Processor {
     avx512 = avx2 && zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
     vnni = avx512 && (c & bit_AVX512VNNI);
     const bool amx_tile = d & 1u << 24, amx_int8 = d & 1u << 25, amx_bf16 = d & 1u << 22;
-    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) avx_vnni = avx2 && (a & 1u << 4);
+    bool bf16 = false;
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) avx_vnni = avx2 && (a & 1u << 4), bf16 = a & 1u << 5;
     // Linux keeps the tile state off until a process asks: ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA.
-    amx = vnni && tiles && amx_tile && amx_int8 && amx_bf16 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    amx = vnni && bf16 && tiles && amx_tile && amx_int8 && amx_bf16 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
   }
 };
 #endif
@@ -81,12 +83,17 @@ struct Choice {
   }
 };
 
+std::atomic<bool> invariant{false};
+
 const Choice& choice() {
   static const Choice made;
   return made;
 }
 
 }  // namespace
+
+bool batch_invariant() { return invariant.load(std::memory_order_relaxed); }
+void set_batch_invariant(bool on) { invariant.store(on, std::memory_order_relaxed); }
 
 const Kernels& kernels() { return *choice().chosen; }
 const Kernels* find_kernels(const char* name) {

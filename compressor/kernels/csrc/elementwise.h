@@ -1,6 +1,7 @@
 // The steps around the linears, in plain loops that the compiler vectorises for each instruction set.
 #pragma once
 #include <cmath>
+#include <cstring>
 
 #include "linear.h"
 
@@ -19,6 +20,16 @@ void to_float(const void* x, Dtype dtype, int in, int segment, float* out, int c
     in /= segment;
   }
   for (int i = in; i < columns; ++i) out[i] = 0;
+}
+
+void to_halves(const void* x, Dtype dtype, int in, int segment, uint16_t* out, int columns, float* memory) {
+  if (segment == 0 && dtype == Dtype::bf16) {
+    std::memcpy(out, x, static_cast<size_t>(in) * sizeof(uint16_t));
+    std::memset(out + in, 0, static_cast<size_t>(columns - in) * sizeof(uint16_t));
+    return;
+  }
+  to_float(x, dtype, in, segment, memory, columns);
+  store_row(memory, Dtype::bf16, 0, columns, out);
 }
 
 void quantise(const float* x, int columns, int group, float factor, bool as_unsigned, int8_t* out, float* scales) {

@@ -10,6 +10,7 @@ constexpr Kernels make_kernels(const char* name) {
   k.name = name;
   k.unsigned_x = Simd::kUnsignedX;
   k.to_float = to_float;
+  k.to_halves = to_halves;
   k.quantise = quantise;
   k.linear_int8 = linear_int8;
   k.linear_float = linear_float;

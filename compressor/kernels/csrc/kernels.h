@@ -14,6 +14,7 @@ struct Activations {
   int tile;                 // 0, or for tiles: [tokens / 16][columns / tile][16][tile], so that a tile is one piece of memory
   float* scales;            // [tokens][groups]
   float* floats;            // [tokens][columns]
+  uint16_t* halves;         // bf16 tiles: [tokens / 16][columns / 32][16][32]
   int groups;
 };
 
@@ -54,6 +55,7 @@ HW_INLINE size_t attention_floats(int dim) {
 }
 
 constexpr int kTileTokens = 16;
+constexpr int kHalfColumns = 32;  // of a tile of bf16
 HW_INLINE int tile_columns(const Weight& w) { return w.group % 64 == 0 ? 64 : 32; }
 
 // One piece of work: queries [first, first + count) of a sequence, one kv head, keys [key_begin, key_end).
@@ -73,6 +75,8 @@ struct Kernels {
   bool unsigned_x;
   // Row `t` of x [tokens][in] as float, summed over `segment` if that is not 0, zero-filled up to `columns`.
   void (*to_float)(const void* x, Dtype dtype, int in, int segment, float* out, int columns);
+  // The same in bf16; memory: `columns` floats.
+  void (*to_halves)(const void* x, Dtype dtype, int in, int segment, uint16_t* out, int columns, float* memory);
   // One row to int8 in groups; `factor` multiplies every scale. A group with a NaN or an infinity gets the scale NaN.
   void (*quantise)(const float* x, int columns, int group, float factor, bool as_unsigned, int8_t* out, float* scales);
   // Row blocks [begin, end) of a linear; weights int8-quantised x int8 activations, or float activations ("exact").
@@ -81,8 +85,12 @@ struct Kernels {
   // The same with matrix tiles; nullptr where the instruction set has none. Used from `tile_tokens` tokens on; takes signed x.
   void (*linear_tiles)(const Linear& call, int begin, int end);
   int tile_tokens;
+  // From float activations and weights rounded to bf16, with matrix tiles; nullptr where there are none. For many tokens.
+  void (*linear_halves)(const Linear& call, int begin, int end);
+  int half_tokens;
   // Row `id` of a weight, dequantised: out [in_features].
   void (*weight_row)(const Weight& w, int64_t id, float* out);
+  // memory: attention_floats(dim) floats from a multiple of 64 bytes on.
   void (*attend)(const Attention& a, const AttentionPart& part, float* memory, float* sums, float* largest, float* total);
   // out = normalised(x (+ residual)) * weight; the sum, rounded to the dtype, goes to `sum` if there is a residual.
   void (*rms_norm)(const RowsOf& x, const RowsOf& residual, const RowsOf& weight, int columns, float eps, void* out, void* sum, int64_t row, float* memory);
@@ -98,6 +106,10 @@ extern const Kernels* const kAvx512;
 extern const Kernels* const kAvx512Vnni;
 extern const Kernels* const kAmx;
 extern const Kernels* const kNeon;
+
+// Whether a token's result must not depend on how many are computed with it: then linear_halves is left alone.
+bool batch_invariant();
+void set_batch_invariant(bool on);
 
 const Kernels& kernels();              // the best this machine has, or HALFWEIGHT_ISA's
 const Kernels* find_kernels(const char* name);  // nullptr: not to be had here

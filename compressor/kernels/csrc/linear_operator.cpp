@@ -58,7 +58,7 @@ void linear(Value* stack, uint64_t, uint64_t) {
   if (rows > 1 << 24) fail("x has %lld rows; at most %d are accepted", static_cast<long long>(rows), 1 << 24);
   Tensor out = Tensor::empty(sizes, dim, static_cast<Type>(dtype));
   if (rows > 0 && w.out_features > 0) {
-    LinearStep step(kernels(), w, low_rank.defined() ? &branch : nullptr, static_cast<int>(rows), exact);
+    LinearStep step(kernels(), w, low_rank.defined() ? &branch : nullptr, static_cast<int>(rows), dtype, exact);
     step.place(activations_scratch.get(step.bytes()));
     const void *data = x.data(), *offsets = bias.defined() ? bias.data() : nullptr;
     const Dtype bias_dtype = bias.defined() ? bias.dtype("bias") : dtype;

@@ -7,8 +7,8 @@ namespace halfweight {
 class LinearStep {
  public:
   LinearStep() = default;
-  // branch: nullptr, or the low-rank branch's matrix over segment sums. Both must outlive the step.
-  LinearStep(const Kernels& kernels, const Weight& weight, const Weight* branch, int tokens, bool exact);
+  // dtype: of x. branch: nullptr, or the low-rank branch's matrix over segment sums. Both must outlive the step.
+  LinearStep(const Kernels& kernels, const Weight& weight, const Weight* branch, int tokens, Dtype dtype, bool exact);
 
   size_t bytes() const { return input_.bytes + (branch_ ? sums_.bytes : 0); }
   char* place(char* memory);  // takes bytes() of working memory, any alignment; returns its end
@@ -20,20 +20,22 @@ class LinearStep {
   void run(const void* bias, Dtype bias_dtype, void* out, Dtype out_dtype, int64_t begin, int64_t end) const;
 
  private:
+  enum class Path { floats, int8, tiles, halves };
   // How one weight wants its input.
   struct Input {
     Activations a{};
-    bool int8 = false;
+    Path path = Path::floats;
     size_t bytes = 0;
   };
-  Input plan(const Weight& w, int tokens, bool exact) const;
+  Path choose(int tokens, Dtype dtype, bool exact) const;
+  Input plan(const Weight& w, int tokens, Path path) const;
   char* place(Input& in, char* memory) const;
   void fill(const Weight& w, const Input& in, const char* x, Dtype dtype, int64_t t, char* row) const;
 
   const Kernels* kernels_ = nullptr;
   const Weight* weight_ = nullptr;
   const Weight* branch_ = nullptr;
-  bool tiles_ = false;
+  Path path_ = Path::floats;
   int padded_ = 0;  // tokens, rounded up to whole tiles
   Input input_, sums_;
 };

@@ -35,6 +35,8 @@ __attribute__((visibility("default"))) const char* halfweight_register() {
 
 // Whether torch runs all pieces of a parallel_for at the same time.
 __attribute__((visibility("default"))) void halfweight_allow_teams(int concurrent) { allow_teams(concurrent != 0); }
+// Whether a token's result must not depend on how many are computed with it.
+__attribute__((visibility("default"))) void halfweight_set_batch_invariant(int on) { set_batch_invariant(on != 0); }
 __attribute__((visibility("default"))) const char* halfweight_isa() { return kernels().name; }
 __attribute__((visibility("default"))) const char* halfweight_supported_isas() { return supported_isas(); }
 }

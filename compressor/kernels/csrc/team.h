@@ -25,13 +25,27 @@ class Team {
     // body(begin, end) for this member's share of [0, count). All members have finished the phase before when it begins;
     // member 0 goes from one phase of a single piece to the next without waiting for those who have nothing to do.
     template <class F> void share(int64_t count, F body) {
-      if (!first_ && !(single_ && count <= 1)) barrier();
-      first_ = false, single_ = count <= 1;
+      enter(count);
       const int64_t begin = count * index_ / size_, end = count * (index_ + 1) / size_;
       if (count <= 1) {
         if (index_ == 0 && count == 1) body(int64_t{0}, int64_t{1});
       } else if (begin < end) {
         body(begin, end);
+      }
+    }
+    // The same in pieces that members take as they get there, smaller and smaller ones, down to `grain`: for long phases, in
+    // which one may be held up by whatever else its processor has to do.
+    template <class F> void claim(int64_t count, int64_t grain, F body) {
+      if (count <= 1) return share(count, body);
+      enter(count);
+      std::atomic<int64_t>& next = team_.claimed_[claims_ & 1];
+      ++claims_;
+      if (index_ == 0) team_.claimed_[claims_ & 1].store(0, std::memory_order_relaxed);  // all have left that phase
+      for (int64_t begin = next.load(std::memory_order_relaxed); begin < count;) {
+        const int64_t piece = (count - begin) / (2 * size_) / grain * grain, end = begin + (piece > grain ? piece : grain);
+        if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+        body(begin, end < count ? end : count);
+        begin = next.load(std::memory_order_relaxed);
       }
     }
     template <class F> void each(int64_t count, F body) {
@@ -41,11 +55,15 @@ class Team {
     }
 
    private:
+    void enter(int64_t count) {
+      if (!first_ && !(single_ && count <= 1)) barrier();
+      first_ = false, single_ = count <= 1;
+    }
     void barrier();
 
     Team& team_;
     const int index_, size_;
-    uint32_t passed_ = 0;
+    uint32_t passed_ = 0, claims_ = 0;
     bool first_ = true, single_ = false;
   };
 
@@ -57,6 +75,7 @@ class Team {
   std::atomic<int64_t> covered_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
+  alignas(64) std::atomic<int64_t> claimed_[2] = {};
 };
 
 // body(member) on every thread of a team of at most `slots`; it must not throw, or the others would wait for ever.
