@@ -1,5 +1,6 @@
 // paged_attention: the parts on torch's threads, then the parts of a query in the order of their keys. The cut does not depend
 // on the number of threads.
+#include <atomic>
 #include <utility>
 
 #include "attention_step.h"
@@ -58,9 +59,10 @@ void paged_attention(Value* stack, uint64_t, uint64_t) {
   step.place(partial_scratch.get(step.bytes()));
   Tensor out = Tensor::empty(query.sizes(), 3, query.type());
   step.clear_padding(out.data());
+  std::atomic<int64_t> next{0};
   parallel(0, step.parts(), 1, [&](int64_t begin, int64_t end) {
     char* work = part_scratch.get(step.work_bytes());
-    for (int64_t n = begin; n < end; ++n) step.attend(n, a.keys, a.values, work);
+    for (; begin < end; ++begin) step.attend(next.fetch_add(1, std::memory_order_relaxed), a.keys, a.values, work);
   });
   char* row = part_scratch.get(step.row_bytes());
   for (int64_t j = 0; j < step.jobs(); ++j) step.merge(j, out.data(), row);

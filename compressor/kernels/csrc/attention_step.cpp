@@ -48,16 +48,16 @@ AttentionStep::AttentionStep(const Attention& a, int sequences, int64_t tokens, 
   const int per_tile = kAttentionRows / (a.heads / a.kv_heads);
   for (int s = 0; s < sequences; ++s) {
     const int queries = a.starts[s + 1] - a.starts[s];
-    for (int h = 0; h < a.kv_heads; ++h)
-      for (int first = 0; first < queries; first += per_tile) {
-        const int count = queries - first < per_tile ? queries - first : per_tile;
-        const int keys = a.lengths[s] - queries + first + count;  // the last query of the tile sees these
-        const int split = queries <= kSplitQueries ? kSplitKeys : keys;
-        Job job{s, h, first, count, 0, static_cast<int>(parts_.size())};
-        for (int begin = 0; begin < keys; begin += split, ++job.parts)
-          parts_.push_back({s, h, first, count, begin, begin + split < keys ? begin + split : keys});
-        jobs_.push_back(job);
-      }
+    for (int first = 0; first < queries; first += per_tile) {
+      const int count = queries - first < per_tile ? queries - first : per_tile;
+      const int keys = a.lengths[s] - queries + first + count;  // the last query of the tile sees these
+      const int split = queries <= kSplitQueries ? kSplitKeys : keys;
+      const int parts = keys > 0 ? (keys + split - 1) / split : 0, part_of_first = static_cast<int>(parts_.size());
+      // The heads of the same keys follow one another: in the cache they lie side by side.
+      for (int begin = 0; begin < keys; begin += split)
+        for (int h = 0; h < a.kv_heads; ++h) parts_.push_back({s, h, first, count, begin, begin + split < keys ? begin + split : keys});
+      for (int h = 0; h < a.kv_heads; ++h) jobs_.push_back({s, h, first, count, parts, part_of_first + h});
+    }
   }
 }
 
@@ -77,8 +77,7 @@ void AttentionStep::place(char* memory) {
 }
 
 void AttentionStep::attend(int64_t n, const char* keys, const char* values, char* work) const {
-  // From both ends in turn: of a causal prefill the late parts are the long ones.
-  const int64_t i = n % 2 ? parts() - 1 - n / 2 : n / 2;
+  const int64_t i = parts() - 1 - n;  // of a causal prefill the late parts are the long ones
   const Partial& p = partials_[i];
   float* memory = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(work) + 63) / 64 * 64);
   Attention a = a_;
@@ -88,18 +87,18 @@ void AttentionStep::attend(int64_t n, const char* keys, const char* values, char
 
 void AttentionStep::merge(int64_t j, void* out, char* memory) const {
   const Job& job = jobs_[j];
-  const Partial* partials = partials_.data() + job.part_of_first;
+  const auto partial = [&](int p) -> const Partial& { return partials_[job.part_of_first + p * a_.kv_heads]; };
   float* row = reinterpret_cast<float*>(memory);
   const int heads = a_.heads / a_.kv_heads;
   for (int r = 0; r < job.count * heads; ++r) {
     float largest = -INFINITY, total = 0;
-    for (int p = 0; p < job.parts; ++p) largest = partials[p].largest[r] > largest ? partials[p].largest[r] : largest;
+    for (int p = 0; p < job.parts; ++p) largest = partial(p).largest[r] > largest ? partial(p).largest[r] : largest;
     std::memset(row, 0, static_cast<size_t>(a_.dim) * 4);
     for (int p = 0; p < job.parts; ++p) {
       // A part whose maximum is -inf saw no key; its sums are 0.
-      const float factor = partials[p].largest[r] > -INFINITY ? std::exp(partials[p].largest[r] - largest) : 0;
-      total += factor * partials[p].total[r];
-      for (int d = 0; d < a_.dim; ++d) row[d] += factor * partials[p].sums[r * a_.dim + d];
+      const float factor = partial(p).largest[r] > -INFINITY ? std::exp(partial(p).largest[r] - largest) : 0;
+      total += factor * partial(p).total[r];
+      for (int d = 0; d < a_.dim; ++d) row[d] += factor * partial(p).sums[r * a_.dim + d];
     }
     for (int d = 0; d < a_.dim; ++d) row[d] /= total;
     const int64_t token = a_.starts[job.sequence] + job.first + r / heads;

@@ -29,7 +29,7 @@ class AttentionStep {
 
  private:
   struct Job {
-    int sequence, kv_head, first, count, parts, part_of_first;  // its parts lie one behind the other
+    int sequence, kv_head, first, count, parts, part_of_first;  // its parts lie kv_heads apart
   };
   struct Partial {
     float *sums, *largest, *total;

@@ -68,6 +68,10 @@ HW_INLINE float exp_fast(float x) {
 }
 
 void copy_row(const void* x, Dtype from, void* out, Dtype to, int64_t count, float* memory) {
+  if (from == to) {
+    std::memcpy(out, x, static_cast<size_t>(count) * dtype_bytes(to));
+    return;
+  }
   load_row(x, from, 0, static_cast<int>(count), memory);
   store_row(memory, to, 0, static_cast<int>(count), out);
 }

@@ -9,7 +9,6 @@ static constexpr Kernels make() {
   k.linear_tiles = linear_tiles;
   k.tile_tokens = 12;
   k.linear_halves = linear_halves;
-  k.half_tokens = 17;
   k.attend = attend_tiles;
   return k;
 }

@@ -18,6 +18,9 @@ struct Activations {
   int groups;
 };
 
+// From so many tokens on bf16 tiles are faster than int8 ones: to unpack int8 to bf16 takes longer than to copy it.
+HW_INLINE int half_tokens(Format f) { return f == Format::int8 ? 96 : f == Format::int4 || f == Format::sparse24_int8 ? 64 : 17; }
+
 struct Linear {
   const Weight* weight;
   Activations x;
@@ -87,7 +90,6 @@ struct Kernels {
   int tile_tokens;
   // From float activations and weights rounded to bf16, with matrix tiles; nullptr where there are none. For many tokens.
   void (*linear_halves)(const Linear& call, int begin, int end);
-  int half_tokens;
   // Row `id` of a weight, dequantised: out [in_features].
   void (*weight_row)(const Weight& w, int64_t id, float* out);
   // memory: attention_floats(dim) floats from a multiple of 64 bytes on.

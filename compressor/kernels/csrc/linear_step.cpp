@@ -31,7 +31,7 @@ LinearStep::Path LinearStep::choose(int tokens, Dtype dtype, bool exact) const {
   if (exact) return Path::floats;
   const bool quantised = is_quantised(weight_->format), halves = weight_->half == Half::bf16 && dtype == Dtype::bf16;
   const bool branch_quantised = branch_ == nullptr || is_quantised(branch_->format);
-  if (kernels_->linear_halves && tokens >= kernels_->half_tokens && !batch_invariant() && (quantised || halves) &&
+  if (kernels_->linear_halves && tokens >= half_tokens(weight_->format) && !batch_invariant() && (quantised || halves) &&
       (branch_quantised || branch_->half == Half::bf16))
     return Path::halves;
   if (!quantised) return Path::floats;
