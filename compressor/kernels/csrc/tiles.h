@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kTile = kTileTokens;     // tokens, or rows, of a tile
 constexpr int kStepTokens = 2 * kTile;
+constexpr int kHalfPanel = 32;              // row blocks of a panel of bf16, at most
 constexpr size_t kPanelBytes = 768 * 1024;  // stays in the second-level cache beside the activations of a step
 
 // ---- unpacking: a chunk becomes 8 vectors; vector q holds columns 4q to 4q + 3 of the 16 rows ----
@@ -351,18 +352,30 @@ HW_INLINE void multiply_halves(const Activations& a, int token, const uint16_t* 
   }
 }
 
-// out [32][stride] = the products of one or two tiles of tokens and one or two row blocks.
+// out [32][32] = the products of one or two tiles of tokens and one or two row blocks.
 template <int tokens, int blocks>
-void multiply_pair_halves(const Linear& call, int token, const uint16_t* weights, const uint16_t* branch, float* out, int64_t stride) {
+void multiply_pair_halves(const Linear& call, int token, const uint16_t* weights, const uint16_t* branch, float* out) {
+  constexpr int64_t row = 2 * kRows, bytes = row * sizeof(float);
   written();
   zero_sums();
   multiply_halves<tokens, blocks>(call.x, token, weights);
   if (call.low_rank) multiply_halves<tokens, blocks>(call.sums, token, branch);
-  const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
   _tile_stored(0, out, bytes);
   if constexpr (blocks == 2) _tile_stored(1, out + kRows, bytes);
-  if constexpr (tokens == 2) _tile_stored(2, out + kTile * stride, bytes);
-  if constexpr (tokens == 2 && blocks == 2) _tile_stored(3, out + kTile * stride + kRows, bytes);
+  if constexpr (tokens == 2) _tile_stored(2, out + kTile * row, bytes);
+  if constexpr (tokens == 2 && blocks == 2) _tile_stored(3, out + kTile * row + kRows, bytes);
+}
+
+// finish() of `tokens` tokens and 32 rows from row `first` on.
+void finish_pair(const Linear& call, int first, int token, int tokens, float* sums) {
+  const int out_features = call.weight->out_features;
+  if (call.out_dtype != Dtype::bf16 || call.bias || first + 2 * kRows > out_features) {
+    for (int t = 0; t < tokens; ++t) finish(call, first, 2 * kRows, token + t, sums + t * 2 * kRows);
+    return;
+  }
+  uint16_t* out = static_cast<uint16_t*>(call.out) + static_cast<int64_t>(token) * out_features + first;
+  for (int t = 0; t < tokens; ++t, sums += 2 * kRows, out += out_features)
+    _mm512_storeu_si512(out, to_bf16(Simd::fload(sums), Simd::fload(sums + kRows)));
 }
 
 void linear_halves(const Linear& call, int begin, int end) {
@@ -370,14 +383,12 @@ void linear_halves(const Linear& call, int begin, int end) {
   const size_t block_values = static_cast<size_t>(kRows) * w.in_padded;
   const size_t branch_values = call.low_rank ? static_cast<size_t>(kRows) * call.low_rank->in_padded : 0;
   int panel = static_cast<int>(kPanelBytes / (2 * (block_values + branch_values))) / 2 * 2;
-  panel = panel < 2 ? 2 : panel > 8 ? 8 : panel;  // finish() takes 128 rows
-  uint16_t* weights = reinterpret_cast<uint16_t*>(
-      panel_memory.get(panel * (block_values + branch_values) * sizeof(uint16_t) + kStepTokens * panel * kRows * sizeof(float)));
+  panel = panel < 2 ? 2 : panel > kHalfPanel ? kHalfPanel : panel;
+  uint16_t* weights = reinterpret_cast<uint16_t*>(panel_memory.get(panel * (block_values + branch_values) * sizeof(uint16_t)));
   uint16_t* branch = weights + panel * block_values;
-  float* out = reinterpret_cast<float*>(branch + panel * branch_values);
   configure_tiles(64);
   for (int first = begin; first < end; first += panel) {
-    const int blocks = end - first < panel ? end - first : panel, rows = blocks * kRows;
+    const int blocks = end - first < panel ? end - first : panel;
     for (int b = 0; b < blocks; ++b) {
       unpack_halves(w, first + b, weights + b * block_values);
       if (call.low_rank) unpack_halves(*call.low_rank, first + b, branch + b * branch_values);
@@ -385,12 +396,14 @@ void linear_halves(const Linear& call, int begin, int end) {
     for (int token = 0; token < call.x.tokens; token += kStepTokens) {
       const int tokens = call.x.tokens - token < kStepTokens ? call.x.tokens - token : kStepTokens;
       for (int b = 0; b < blocks; b += 2) {
+        alignas(64) float out[kStepTokens * 2 * kRows];
         const bool two_tiles = tokens > kTile, two_blocks = b + 1 < blocks;
         const auto run = two_tiles ? (two_blocks ? multiply_pair_halves<2, 2> : multiply_pair_halves<2, 1>)
                                    : (two_blocks ? multiply_pair_halves<1, 2> : multiply_pair_halves<1, 1>);
-        run(call, token, weights + b * block_values, branch + b * branch_values, out + b * kRows, rows);
+        run(call, token, weights + b * block_values, branch + b * branch_values, out);
+        if (two_blocks) finish_pair(call, (first + b) * kRows, token, tokens, out);
+        else for (int t = 0; t < tokens; ++t) finish(call, (first + b) * kRows, kRows, token + t, out + t * 2 * kRows);
       }
-      for (int t = 0; t < tokens; ++t) finish(call, first * kRows, rows, token + t, out + static_cast<int64_t>(t) * rows);
     }
   }
   _tile_release();
