@@ -84,12 +84,17 @@ def large_arms(options: argparse.Namespace, python: str | None, folder: Path, st
 
 
 def measure(model: str, arms: Mapping[str, StepProcess], rounds: int) -> list[dict[str, Any]]:
-    """One row an arm: medians over rounds, after a round that does not count."""
+    """One row an arm: medians over rounds, after a round that does not count.
+
+    Every other round goes backwards, and each turn begins with a prompt that does not count: whoever comes after an arm
+    that leaves its threads spinning, or the caches full, would pay for it (up to 40 % of a prompt's speed, measured).
+    """
     prefill: dict[str, list[float]] = {name: [] for name in arms}
     decode: dict[str, list[float]] = {name: [] for name in arms}
     first: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
-        for name, arm in arms.items():
+        for name, arm in list(arms.items())[:: 1 if turn % 2 else -1]:
+            arm.answer(PREFILL, 0)
             long, short = arm.answer(PREFILL, 0), arm.answer(PROMPT, OUTPUT)
             if turn:
                 prefill[name].append(PREFILL / long[0])
