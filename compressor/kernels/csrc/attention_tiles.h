@@ -1,5 +1,5 @@
 // Attention of many queries with AMX: scores and sums are bf16 tile products with fp32 sums, the softmax between them is
-// attention.h's. Rows are [query][head of the kv head], as there; the cache is read once for all of them.
+// fp32. Rows are [query][head of the kv head], as there; the cache is read once for all of them.
 #pragma once
 #include "attention.h"
 #include "tiles.h"
@@ -107,6 +107,55 @@ HW_INLINE void multiply_bf16(const uint16_t* a, int64_t a_tile, int64_t a_slab, 
   if (tiles > 3) _tile_stored(3, c + 3 * c_tile, c_stride);
 }
 
+// 2^x, right to 3e-6 relative, for x from -150 up; NaN stays NaN.
+HW_INLINE Float exp2_fast(Float x) {
+  const Float n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, n);
+  Float p = Simd::fset1(1.3333558e-3f);
+  constexpr float factors[] = {9.6181291e-3f, 5.5504109e-2f, 0.24022651f, 0.69314718f, 1};
+  for (const float factor : factors) p = Simd::fma(p, f, Simd::fset1(factor));
+  return _mm512_scalef_ps(p, n);
+}
+
+// What a row knows of the keys before: the largest score, in units of log 2, and the sums of the weights lane by lane.
+struct RowState {
+  float largest[kKeys];
+  alignas(64) float total[kKeys][16];
+};
+
+// Turns a row of scores into bf16 weights of the running softmax, in place; `visible` keys, at least one, count.
+template <bool scaled>
+HW_INLINE void weigh_row(float* scores, int visible, const float* key_factors, const float* value_factors, float* sums, int dim, RowState& state, int row) {
+  constexpr int parts = kKeys / 16;
+  Float x[parts];
+  __mmask16 seen[parts];
+  Float most = Simd::fset1(-INFINITY);
+  for (int i = 0; i < parts; ++i) {
+    const int left = visible - 16 * i;
+    seen[i] = left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1);
+    x[i] = Simd::mul(Simd::fload(scores + 16 * i), Simd::fload(key_factors + 16 * i));
+    most = _mm512_mask_max_ps(most, seen[i], x[i], most);
+  }
+  const float before = state.largest[row], found = _mm512_reduce_max_ps(most);
+  float largest = found > before ? found : before;
+  if (!(largest > -INFINITY)) largest = 0;  // only NaN or -inf so far: let them through
+  Float total = Simd::fload(state.total[row]);
+  if (largest != before) {
+    const Float keep = exp2_fast(_mm512_max_ps(Simd::fset1(-150), Simd::fset1(before - largest)));
+    total = Simd::mul(total, keep);
+    for (int d = 0; d < dim; d += 16) Simd::fstore(sums + d, Simd::mul(Simd::fload(sums + d), keep));
+    state.largest[row] = largest;
+  }
+  // The second operand of vmaxps is what NaN gives.
+  for (int i = 0; i < parts; ++i) {
+    const Float weight = exp2_fast(_mm512_max_ps(Simd::fset1(-150), _mm512_sub_ps(x[i], Simd::fset1(largest))));
+    x[i] = _mm512_maskz_mov_ps(seen[i], weight);
+    total = Simd::fadd(total, x[i]);
+    if constexpr (scaled) x[i] = Simd::mul(x[i], Simd::fload(value_factors + 16 * i));
+  }
+  Simd::fstore(state.total[row], total);
+  for (int i = 0; i < parts; i += 2) _mm512_store_si512(reinterpret_cast<uint16_t*>(scores) + 16 * i, to_bf16(x[i], x[i + 1]));
+}
+
 template <class Row> void attend_tiles_of(const Attention& a, const AttentionPart& part, float* memory, float* sums, float* largest, float* total) {
   const int dim = a.dim, heads = a.heads / a.kv_heads, rows = part.count * heads, tiles = (rows + kTile - 1) / kTile;
   const int queries = a.starts[part.sequence + 1] - a.starts[part.sequence];
@@ -115,8 +164,10 @@ template <class Row> void attend_tiles_of(const Attention& a, const AttentionPar
   const TileWorkspace w(memory, dim);
   configure_tiles(64);
   std::memset(w.sums, 0, static_cast<size_t>(tiles) * kTile * dim * sizeof(float));
-  for (int r = 0; r < (rows + 3) / 4 * 4; ++r) largest[r] = -INFINITY, total[r] = 0;
+  RowState state;
   for (int r = 0; r < tiles * kTile; ++r) {
+    state.largest[r] = -INFINITY;
+    Simd::fstore(state.total[r], Simd::fzero());
     uint16_t* to = w.query + (r / kTile * dim * kTile + r % kTile * kSlab);
     const int64_t token = a.starts[part.sequence] + part.first + r / heads;
     const uint16_t* from = static_cast<const uint16_t*>(a.query) + token * a.query_stride + (part.kv_head * heads + r % heads) * dim;
@@ -135,22 +186,14 @@ template <class Row> void attend_tiles_of(const Attention& a, const AttentionPar
     alignas(64) float key_factors[kKeys], value_factors[kKeys];
     for (int j = 0; j < kKeys; ++j) {
       const int64_t at = places.at[j < keys ? j : keys - 1];
-      key_factors[j] = a.scale * Row::factor(a.keys + at, dim), value_factors[j] = Row::factor(a.values + at, dim);
+      key_factors[j] = 1.44269504f * a.scale * Row::factor(a.keys + at, dim), value_factors[j] = Row::factor(a.values + at, dim);
     }
     for (int r = 0; r < tiles * kTile; ++r) {
       float* scores = w.scores + r * kKeys;
-      uint16_t* weights = reinterpret_cast<uint16_t*>(scores);
       const int before = r < rows ? position + r / heads + 1 - key : 0;
       const int visible = before < 0 ? 0 : before < keys ? before : keys;
-      if (visible == 0) {
-        std::memset(weights, 0, kKeys * sizeof(uint16_t));
-        continue;
-      }
-      for (int j = 0; j < kKeys; ++j) scores[j] *= key_factors[j];
-      softmax_row(scores, visible, w.sums + r * dim, dim, largest + r, total + r);
-      if (Row::kScaled) for (int j = 0; j < kKeys; ++j) scores[j] *= value_factors[j];
-      for (int j = 0; j < kKeys; j += kSlab)
-        _mm512_store_si512(weights + j, to_bf16(Simd::fload(scores + j), Simd::fload(scores + j + 16)));
+      if (visible == 0) std::memset(scores, 0, kKeys * sizeof(uint16_t));
+      else weigh_row<Row::kScaled>(scores, visible, key_factors, value_factors, w.sums + r * dim, dim, state, r);
     }
     load_values<Row>(a.values, places, keys, dim, w.values);
     for (int d = 0; d < dim; d += kTile)
@@ -158,6 +201,7 @@ template <class Row> void attend_tiles_of(const Attention& a, const AttentionPar
                           (keys + kSlab - 1) / kSlab, tiles, reinterpret_cast<char*>(w.sums + d), static_cast<int64_t>(dim) * sizeof(float));
   }
   _tile_release();
+  for (int r = 0; r < rows; ++r) largest[r] = state.largest[r] * 0.69314718f, total[r] = Simd::reduce_add(Simd::fload(state.total[r]));
   std::memcpy(sums, w.sums, static_cast<size_t>(rows) * dim * sizeof(float));
 }
 
