@@ -78,7 +78,7 @@ Quantised make_input(const Kernels& k, const Weight& w, const std::vector<float>
   const int features = w.segment ? w.in_features * w.segment : w.in_features;
   Quantised q{std::vector<int8_t>(static_cast<size_t>(padded) * columns), std::vector<float>(static_cast<size_t>(padded) * w.groups),
               std::vector<float>(static_cast<size_t>(padded) * columns), std::vector<uint16_t>(static_cast<size_t>(padded) * columns), {}};
-  q.a = {tokens, columns, q.values.data(), tiles ? tile_columns(w) : 0, q.scales.data(), q.floats.data(), q.halves.data(), w.groups};
+  q.a = {tokens, columns, q.values.data(), tiles ? tile_columns(w) : 0, q.scales.data(), q.floats.data(), q.halves.data(), nullptr, w.groups};
   std::vector<int8_t> row(columns);
   for (int t = 0; t < tokens; ++t) {
     float* f = q.floats.data() + static_cast<size_t>(t) * columns;

@@ -135,7 +135,10 @@ struct Buffers {
     char* memory = decoder_scratch.get(total);
     for (const auto& p : pieces) *p.piece = memory + p.offset;
     for (const auto& layer : layers)
-      for (int i = 0; i < 4; ++i) linear(*layer, i).step().place(inputs[i]);
+      for (int i = 0; i < 4; ++i) {
+        linear(*layer, i).step().place(inputs[i]);
+        linear(*layer, i).step().read(i == 1 ? attended : i == 3 ? gated : normed);
+      }
   }
 
  private:

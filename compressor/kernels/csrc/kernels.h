@@ -15,6 +15,7 @@ struct Activations {
   float* scales;            // [tokens][groups]
   float* floats;            // [tokens][columns]
   uint16_t* halves;         // bf16 tiles: [tokens / 16][columns / 32][16][32]
+  const uint16_t* rows;     // nullptr, or the same as bf16 rows [tokens][columns]: whole tiles of tokens are read from here
   int groups;
 };
 

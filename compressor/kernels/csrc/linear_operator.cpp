@@ -63,6 +63,7 @@ void linear(Value* stack, uint64_t, uint64_t) {
     const void *data = x.data(), *offsets = bias.defined() ? bias.data() : nullptr;
     const Dtype bias_dtype = bias.defined() ? bias.dtype("bias") : dtype;
     void* result = out.data();
+    step.read(data);
     parallel(0, rows, rows * w.in_features < kSerialActivations ? rows : 1, [&](int64_t begin, int64_t end) {
       char* row = row_scratch.get(step.row_bytes());
       for (int64_t t = begin; t < end; ++t) step.fill(data, dtype, t, row);

@@ -7,6 +7,9 @@ namespace {
 
 char* aligned(char* p) { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); }
 
+// Rows of a multiple of 2 KB would share two sets of the first-level cache: such tiles are better copied.
+bool tiles_of_rows(const Weight& w) { return w.in_features == w.in_padded && w.in_features % 1024 != 0; }
+
 float weight_factor(Format f) { return f == Format::sparse24_int4 || f == Format::int4 ? 16 : 1; }
 
 // Row `t` into tiles [tokens / 16][columns / tile][16][tile].
@@ -22,6 +25,7 @@ LinearStep::LinearStep(const Kernels& kernels, const Weight& weight, const Weigh
   path_ = choose(tokens, dtype, exact);
   const bool tiles = path_ == Path::tiles || path_ == Path::halves;
   padded_ = tiles ? (tokens + kTileTokens - 1) / kTileTokens * kTileTokens : tokens;
+  in_place_ = path_ == Path::halves && dtype == Dtype::bf16 && tiles_of_rows(weight);
   input_ = plan(weight, tokens, path_);
   // An unquantised branch beside int8 has floats; both run by the same function.
   if (branch) sums_ = plan(*branch, tokens, path_ == Path::int8 && !is_quantised(branch->format) ? Path::floats : path_);
@@ -41,7 +45,7 @@ LinearStep::Path LinearStep::choose(int tokens, Dtype dtype, bool exact) const {
 LinearStep::Input LinearStep::plan(const Weight& w, int tokens, Path path) const {
   Input in;
   in.path = path;
-  in.a = {tokens, w.in_padded, nullptr, path == Path::tiles ? tile_columns(w) : 0, nullptr, nullptr, nullptr, w.groups};
+  in.a = {tokens, w.in_padded, nullptr, path == Path::tiles ? tile_columns(w) : 0, nullptr, nullptr, nullptr, nullptr, w.groups};
   const size_t values = static_cast<size_t>(padded_) * w.in_padded;
   const size_t size = path == Path::floats ? 4 : path == Path::halves ? 2 : 1;
   in.bytes = values * size + static_cast<size_t>(padded_) * w.groups * 4 + 192;
@@ -70,6 +74,7 @@ size_t LinearStep::row_bytes() const {
 
 void LinearStep::fill(const Weight& w, const Input& in, const char* x, Dtype dtype, int64_t t, char* memory) const {
   const int columns = in.a.columns;
+  if (in.a.rows && t < in.a.tokens / kTileTokens * kTileTokens) return;
   float* row = in.path == Path::floats ? in.a.floats + t * columns : reinterpret_cast<float*>(aligned(memory));
   x += t * weight_->in_features * static_cast<int64_t>(dtype_bytes(dtype));
   if (in.path == Path::halves) {

@@ -13,7 +13,9 @@ class LinearStep {
   size_t bytes() const { return input_.bytes + (branch_ ? sums_.bytes : 0); }
   char* place(char* memory);  // takes bytes() of working memory, any alignment; returns its end
   size_t row_bytes() const;   // working memory of fill()
-  // Brings token `t` of x [tokens][in_features] to the form the weight wants.
+  // Where x [tokens][in_features] will lie for fill() and run(): bf16 rows may be read where they are.
+  void read(const void* x) { input_.a.rows = in_place_ ? static_cast<const uint16_t*>(x) : nullptr; }
+  // Brings token `t` of x to the form the weight wants.
   void fill(const void* x, Dtype dtype, int64_t t, char* row) const;
   int blocks() const { return weight_->blocks; }
   // Row blocks [begin, end), all tokens. bias: nullptr or [out_features]; out: [tokens][out_features].
@@ -36,6 +38,7 @@ class LinearStep {
   const Weight* weight_ = nullptr;
   const Weight* branch_ = nullptr;
   Path path_ = Path::floats;
+  bool in_place_ = false;
   int padded_ = 0;  // tokens, rounded up to whole tiles
   Input input_, sums_;
 };

@@ -332,20 +332,31 @@ void linear_tiles(const Linear& call, int begin, int end) {
 
 // ---- bf16: 0 to 3 sums [token tile][block], 4 and 5 activations, 6 and 7 weights; all tiles of 16 rows of 64 bytes ----
 
-template <int tokens, int blocks>
-HW_INLINE void multiply_halves(const Activations& a, int token, const uint16_t* w) {
-  const int64_t token_tile = static_cast<int64_t>(kTile) * a.columns, block = static_cast<int64_t>(kRows) * a.columns;
-  const uint16_t* x = a.halves + static_cast<int64_t>(token) * a.columns;
-  for (int64_t k = 0; k < block; k += kTile * kHalfColumns) {
-    _tile_loadd(6, w + k, 64);
-    _tile_loadd(4, x + k, 64);
+// Sixteen tokens: the first 32 columns, the bytes from token to token, and the values to the next 32 columns.
+struct TokenTile {
+  const uint16_t* at;
+  int64_t stride, step;
+  TokenTile(const Activations& a, int token) {
+    const bool in_place = a.rows && token + kTile <= a.tokens;
+    at = (in_place ? a.rows : a.halves) + static_cast<int64_t>(token) * a.columns;
+    stride = in_place ? a.columns * static_cast<int64_t>(sizeof(uint16_t)) : 64;
+    step = in_place ? kHalfColumns : kTile * kHalfColumns;
+  }
+};
+
+template <int tokens, int blocks> HW_INLINE void multiply_halves(const Activations& a, int token, const uint16_t* w) {
+  const int64_t block = static_cast<int64_t>(kRows) * a.columns;
+  TokenTile x(a, token), y(a, tokens == 2 ? token + kTile : token);
+  for (const uint16_t* end = w + block; w < end; w += kTile * kHalfColumns, x.at += x.step, y.at += y.step) {
+    _tile_loadd(6, w, 64);
+    _tile_loadd(4, x.at, x.stride);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (blocks == 2) {
-      _tile_loadd(7, w + block + k, 64);
+      _tile_loadd(7, w + block, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (tokens == 2) {
-      _tile_loadd(5, x + token_tile + k, 64);
+      _tile_loadd(5, y.at, y.stride);
       _tile_dpbf16ps(2, 5, 6);
     }
     if constexpr (tokens == 2 && blocks == 2) _tile_dpbf16ps(3, 5, 7);
