@@ -37,7 +37,7 @@ from compressor.quantizers import NEED_HESSIAN, QUANTIZERS
 from compressor.recipe import Recipe, parse_budget
 from compressor.retraining import TextDistillation, reconstruction, text_loss
 from compressor.retraining.distribution import join, main_first
-from compressor.retraining.loop import training_device
+from compressor.retraining.loop import identity_of, training_device
 from compressor.scheme import QuantizationConfig, Scheme
 from compressor.solvers import by_input
 from compressor.sparse_model import Report, Result, SparseModel, watched, work_folder
@@ -176,20 +176,29 @@ def sparsify(model: Any, recipe: Recipe, plan: Plan, text: TextBlocks | None, re
 def reconstruct(
     sparse: SparseModel, folder: Path, recipe: Recipe, text: TextBlocks | None, result: Result, report: Report
 ) -> None:
-    """Trains each sparse block towards the dense one, where the recipe wants it."""
+    """Trains each sparse block towards the dense one, where the recipe wants it; a killed run does so only once."""
     settings = recipe.reconstruction
     if settings is None or text is None:
         return
-    errors = reconstruction.reconstruct(
-        sparse.model,
-        load_model(folder),
-        {name: sparse.model.get_submodule(name) for name in sparse.masks},
-        sparse.masks,
-        text.blocks,
-        settings,
-        precision=recipe.retraining.loop.precision if recipe.retraining else "auto",
-        report=lambda done, total, figures: report("reconstruct", done, total, _rounded_all(figures)),
-    )
+    precision = recipe.retraining.loop.precision if recipe.retraining else "auto"
+    examples = text.blocks[: settings.samples]
+    record = {"reconstruction": asdict(settings), "precision": precision}
+    identity = identity_of(sparse.model, sparse.masks, [examples], record)
+    kept = work_folder(result.out) / "reconstructed.safetensors"
+    with main_first():
+        errors = reconstruction.load_trained(kept, sparse.model, sparse.masks, identity)
+        if errors is None:
+            errors = reconstruction.reconstruct(
+                sparse.model,
+                load_model(folder),
+                {name: sparse.model.get_submodule(name) for name in sparse.masks},
+                sparse.masks,
+                examples,
+                settings,
+                precision=precision,
+                report=lambda done, total, figures: report("reconstruct", done, total, _rounded_all(figures)),
+            )
+            reconstruction.save_trained(kept, sparse.model, sparse.masks, identity, errors)
     result.figures["block_error_one_shot"] = round(fmean(start for start, _ in errors), 4)
     result.figures["block_error_reconstructed"] = round(fmean(end for _, end in errors), 4)
 

@@ -114,7 +114,7 @@ def retrain(
     snapshots = None
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)
-        identity = identity_of(model, masks, objective, record)
+        identity = identity_of(model, masks, objective.identity(), record)
         parts = spread.world if spread.sharded else 1
         snapshots = Snapshots(work_dir / "snapshots", identity, loop.keep_checkpoints, spread.rank, parts, spread.wait)
     blocks = blocks_of(model, linears)

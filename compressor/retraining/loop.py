@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -385,14 +385,16 @@ def plain_attention(model: nn.Module, length: int) -> Iterator[None]:
         model.set_attn_implementation(before)  # type: ignore[operator]
 
 
-def identity_of(model: nn.Module, masks: Mapping[str, Tensor], objective: Objective, record: Mapping[str, Any]) -> str:
+def identity_of(
+    model: nn.Module, masks: Mapping[str, Tensor], examples: Iterable[Tensor], record: Mapping[str, Any]
+) -> str:
     """Hash of everything that decides a run's result: weights, masks, examples, settings and budget."""
     digest = hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode())
     tensors = {**dict(model.state_dict()), **{f"{name}/mask": mask for name, mask in masks.items()}}
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(_bytes_of(tensor))
-    for tensor in objective.identity():
+    for tensor in examples:
         digest.update(_bytes_of(tensor))
     return digest.hexdigest()
 

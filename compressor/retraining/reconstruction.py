@@ -9,14 +9,21 @@ No head, no teacher pass for the whole depth, one block's activations at a time:
 half of a pass of distillation, and memory is bounded by the hidden states of the samples.
 """
 
+import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compressor.calibration import BlockCall, blocks_of, calls_of_blocks, weight_of
+from compressor.output import sync
 from compressor.retraining.distribution import Distribution
 from compressor.retraining.loop import compute_dtype, training_device
 from compressor.retraining.optimizers import AdamSettings, Trained, adam_steps, train_dense, train_linear
@@ -70,32 +77,56 @@ def reconstruct(
         For each block, the relative error of its output before and after.
     """
     batches = list(tokens_NL[: settings.samples].split(settings.batch))
-    before, home, device = next(model.parameters()).dtype, next(model.parameters()).device, training_device()
-    dtype = compute_dtype(precision, device)
-    for net in (model, teacher):
-        net.eval().requires_grad_(False).to(device, dtype)
+    device = training_device()
     names = blocks_of(teacher, {name: teacher.get_submodule(name) for name in linears})
-    with torch.no_grad():
-        recorded = [calls_of_blocks(teacher, list(names.values()), batch) for batch in batches]
-    sparse = dense = [hidden for hidden, _ in recorded]
     errors = []
-    for index, (name, dense_block) in enumerate(names.items()):
-        block, own = model.get_submodule(name), [calls[index] for _, calls in recorded]
+    with (
+        _computing_in(model, device, compute_dtype(precision, device)) as trained,
+        _computing_in(teacher, device, compute_dtype(precision, device)),
+    ):
         with torch.no_grad():
-            dense = [call.run(dense_block, hidden) for call, hidden in zip(own, dense, strict=True)]
-        inside = {linear: module for linear, module in linears.items() if linear.startswith(name + ".")}
-        entries = _entries(name, block, inside, masks)
-        start = _error(block, own, sparse, dense)
-        if inside:
-            _train(block, entries, own, sparse, dense, settings)
-        with torch.no_grad():
-            errors.append((start, _error(block, own, sparse, dense)))
-            sparse = [call.run(block, hidden) for call, hidden in zip(own, sparse, strict=True)]
-        if report is not None:
-            report(index + 1, len(names), {"before": errors[-1][0], "after": errors[-1][1]})
-    for net in (model, teacher):
-        net.to(home, before).requires_grad_(True)
+            recorded = [calls_of_blocks(teacher, list(names.values()), batch) for batch in batches]
+        sparse = dense = [hidden for hidden, _ in recorded]
+        for index, (name, dense_block) in enumerate(names.items()):
+            block, own = model.get_submodule(name), [calls[index] for _, calls in recorded]
+            with torch.no_grad():
+                dense = [call.run(dense_block, hidden) for call, hidden in zip(own, dense, strict=True)]
+            inside = {linear: module for linear, module in linears.items() if linear.startswith(name + ".")}
+            entries = _entries(name, block, inside, masks)
+            start = _error(block, own, sparse, dense)
+            if inside:
+                _train(block, entries, own, sparse, dense, settings)
+                trained.update(entry.parameter for entry in entries)
+            with torch.no_grad():
+                errors.append((start, _error(block, own, sparse, dense)))
+                sparse = [call.run(block, hidden) for call, hidden in zip(own, sparse, strict=True)]
+            if report is not None:
+                report(index + 1, len(names), {"before": errors[-1][0], "after": errors[-1][1]})
     return errors
+
+
+@contextmanager
+def _computing_in(net: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[set[Tensor]]:
+    """Inside, parameters lie on `device` in `dtype`; buffers keep theirs, for rotary frequencies must not be rounded.
+
+    Afterwards those put into the set given are as they became, and all others as they were, to the bit.
+    """
+    trained: set[Tensor] = set()
+    parameters = {parameter: parameter.data for parameter in net.parameters()}
+    buffers = {buffer: buffer.device for buffer in net.buffers()}
+    net.eval().requires_grad_(False)
+    for parameter, data in parameters.items():
+        parameter.data = data.to(device, dtype)
+    for buffer in buffers:
+        buffer.data = buffer.data.to(device)
+    try:
+        yield trained
+    finally:
+        for parameter, data in parameters.items():
+            parameter.data = parameter.data.to(data.device, data.dtype) if parameter in trained else data
+        for buffer, home in buffers.items():
+            buffer.data = buffer.data.to(home)
+        net.requires_grad_(True)
 
 
 def _entries(
@@ -150,3 +181,40 @@ def _error(block: nn.Module, calls: Iterable[BlockCall], inputs: list[Tensor], t
     pairs = zip(calls, inputs, targets, strict=True)
     shares = [float(_relative(call.run(block, hidden), target)) for call, hidden, target in pairs]
     return sum(shares) / len(shares)
+
+
+def save_trained(
+    path: Path, model: nn.Module, masks: Mapping[str, Tensor], identity: str, errors: list[tuple[float, float]]
+) -> None:
+    """Keep what `reconstruct` has trained, whole or not at all, for a run that is killed later and started again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.part")
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in _trained(model, masks).items()}
+    save_file(tensors, scratch, metadata={"identity": identity, "errors": json.dumps(errors)})
+    sync(scratch)
+    os.replace(scratch, path)
+
+
+@torch.no_grad()
+def load_trained(
+    path: Path, model: nn.Module, masks: Mapping[str, Tensor], identity: str
+) -> list[tuple[float, float]] | None:
+    """Put back what `save_trained` kept under the same identity; its errors, or None if there is no such thing."""
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        if metadata["identity"] != identity:
+            return None
+        for name, parameter in _trained(model, masks).items():
+            parameter.copy_(file.get_tensor(name))
+    return [(before, after) for before, after in json.loads(metadata["errors"])]
+
+
+def _trained(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The parameters that `_entries` trains, and the norms and biases outside of blocks."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 1 or name.removesuffix(".weight") in masks
+    }

@@ -108,7 +108,7 @@ def finetune(
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)
         record = {"loop": asdict(loop), "what": repr(what), "budget": asdict(budget)}
-        identity = identity_of(model, {}, objective, record)
+        identity = identity_of(model, {}, objective.identity(), record)
         snapshots = Snapshots(work_dir / "snapshots", identity, loop.keep_checkpoints, spread.rank, 1, spread.wait)
     run, trainer = start(
         model,
