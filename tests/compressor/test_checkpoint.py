@@ -1,6 +1,7 @@
 """Checkpoints are untrusted input: each kind of damage is refused, and named."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -182,15 +183,17 @@ print(peak() - before)
 def test_writing_takes_less_memory_than_one_shard(tmp_path: Path) -> None:
     """The bound is 1.2 times the largest shard beyond the model; tensors wait on disk, so it takes much less.
 
-    The smallest of three runs: what the system adds to a peak when memory is busy comes and goes, up to a shard.
+    glibc is told to give large pieces back at once: else it may keep a shard's worth of freed tensors. The smaller of
+    two runs: what the system adds to a peak when memory is busy comes and goes.
     """
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     peaks = []
-    for run in ("first", "second", "third"):
+    for run in ("first", "second"):
         folder = tmp_path / run
         folder.mkdir()
         command = [sys.executable, "-c", WRITES_SHARDS, folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
         assert len(list(folder.glob("*.safetensors"))) == 3 and largest > 60e6
         peaks.append(int(done.stdout))
-    assert min(peaks) < 0.9 * largest
+    assert min(peaks) < 0.5 * largest
