@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         help="do not prune these layers: a name, 're:PATTERN', or auto:5%% for the most sensitive ones",
     )
     flag("--task", default=_env("task"), metavar="NAME", help="fine-tune for this task (recipes pst-...)")
-    flag("--one-shot", action="store_true", help="leave retraining out")
+    flag("--one-shot", action="store_true", help="leave training out: retraining and reconstruction")
     flag("--low-memory", action="store_true", help="never hold the model: one weight, or block, at a time")
     flag("--tensorboard", metavar="DIR", help="also write the metrics of retraining there, for TensorBoard")
     flag("--dry-run", action="store_true", help="check everything, estimate size, memory and time, and stop")
@@ -93,9 +93,10 @@ def _compress(arguments: Sequence[str]) -> int:
     from compressor.recipe import load_recipe
 
     budget = [f"retraining.budget={options.budget}"] if options.budget else []
+    untrained = ["reconstruction=null"] if options.one_shot else []  # what --set says of it counts all the same
     one_shot = ["retraining=null"] if options.one_shot else []
     task = [f"task.name={options.task}"] if options.task else []
-    recipe = load_recipe(options.recipe, [*task, *options.set, *budget, *one_shot])
+    recipe = load_recipe(options.recipe, [*untrained, *task, *options.set, *budget, *one_shot])
     if options.keep_dense:
         if recipe.sparsity is None:
             raise ValueError(f"--keep-dense given, but recipe {recipe.name!r} prunes nothing: leave it out")

@@ -368,6 +368,11 @@ def check_streamable(recipe: Recipe) -> None:
             f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} trains all of them. "
             "Give --one-shot too, or leave it out."
         )
+    if recipe.reconstruction is not None:
+        raise ValueError(
+            f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} rebuilds blocks beside the "
+            "dense ones. Give --set reconstruction=null too, or leave it out."
+        )
     if recipe.quantization.transform is not None:
         raise ValueError(
             f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} moves scales between "

@@ -79,13 +79,20 @@ def test_the_command(tiny_llama: Path, prose: Path, tmp_path: Path, capsys: pyte
     awq = ["--set", "quantization.transform=awq"]
     assert main([*command, *awq, "--recipe", "one-shot-2of4-int4", "--out", str(tmp_path / "out")]) == 1
     assert "quantization.transform=null" in capsys.readouterr().err
+    rebuilt = ["--set", "reconstruction.samples=8", "--one-shot"]
+    assert main([*command, *rebuilt, "--recipe", "ast-2of4-int4", "--out", str(tmp_path / "out")]) == 1
+    assert "--set reconstruction=null" in capsys.readouterr().err
     assert main([*command, "--recipe", "ast-2of4-int4", "--one-shot", "--out", str(tmp_path / "out")]) == 0
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-def test_one_shot_leaves_retraining_out(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["MODEL", "--recipe", "ast-2of4-int4", "--one-shot", "--budget", "10m", "--print-config"]) == 0
-    assert "retraining" not in capsys.readouterr().out
+def test_one_shot_leaves_training_out(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["MODEL", "--recipe", "ast-2of4-int4", "--one-shot", "--budget", "10m", "--print-config"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "retraining" not in shown and "reconstruction" not in shown
+    assert main([*command, "--set", "reconstruction.samples=8"]) == 0
+    assert "reconstruction:\n  samples: 8" in capsys.readouterr().out
 
 
 def test_a_shard_holds_what_was_added(tmp_path: Path) -> None:
