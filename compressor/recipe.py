@@ -370,8 +370,8 @@ def check_streamable(recipe: Recipe) -> None:
         )
     if recipe.reconstruction is not None:
         raise ValueError(
-            f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} rebuilds blocks beside the "
-            "dense ones. Give --set reconstruction=null too, or leave it out."
+            f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} rebuilds blocks beside "
+            "the dense ones. Give --set reconstruction=null too, or leave it out."
         )
     if recipe.quantization.transform is not None:
         raise ValueError(

@@ -8,6 +8,7 @@ mapped pages count as memory.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from compressor.recipe import Recipe, check_streamable
 from compressor.scheme import Scheme
 from compressor.sparse_model import Report, Result
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 _BLOCK_WEIGHTS = 1 << 22
 """Weights that are worked on at a time: 16 MiB in float32, and a few times that while scales are searched."""
 
@@ -40,6 +42,7 @@ def compress_streaming(name: str, recipe: Recipe, out: str | Path, *, force: boo
         ValueError, OSError, MemoryError: before any long work, with a sentence that says what to do.
     """
     check_streamable(recipe)
+    _give_freed_memory_back()
     with OutputFolder(out, force=force) as output, scratch_folder(output.path) as scratch:
         folder = fetch_model(name)
         result = Result(output.path, check(folder, recipe, output.path, low_memory=True))
@@ -48,6 +51,13 @@ def compress_streaming(name: str, recipe: Recipe, out: str | Path, *, force: boo
         tensors = stored_tensors(result.plan, recipe, linears, report)
         save_tensors(tensors, config_of(skeleton(folder), result.plan), name, recipe, output, result)
     return result
+
+
+def _give_freed_memory_back() -> None:
+    """glibc would learn from the first large tensor to keep the next ones after they are freed: blocks' worth."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def stored_tensors(
