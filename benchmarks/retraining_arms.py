@@ -171,7 +171,8 @@ def shipped(name: str) -> Record:
 def packing(name: str) -> Record:
     """The last stage of a recipe alone, for a model that the stages before have made."""
     record = shipped(name)
-    del record["retraining"]
+    for trains in ("reconstruction", "retraining"):
+        record.pop(trains, None)
     return record | {"sparsity": {"criterion": "given"}}
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from benchmarks import retraining, training_cost
 from benchmarks.last_word import Item, _pairs, accuracy
-from benchmarks.retraining_arms import BUDGETS, Arm, ablation_arms, arms_of, one_shot_arms, published
+from benchmarks.retraining_arms import BUDGETS, Arm, ablation_arms, arms_of, one_shot_arms, packing, published
 from compressor import data
 from compressor.models import load_model
 from compressor.recipe import RECIPES, parse_recipe
@@ -176,3 +176,8 @@ def test_a_row_that_fails_to_be_measured_can_be_tried_again(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="no room"):
         retraining.fill(rows, [Arm("a", "m", 10, {})], bench, lambda: None)  # type: ignore[arg-type]
     assert "last_word_accuracy" not in rows[0]
+
+
+def test_packing_trains_nothing() -> None:
+    for name in ("ast-2of4-int4", "ast-2of4-int8"):
+        assert not {"reconstruction", "retraining"} & packing(name).keys()
