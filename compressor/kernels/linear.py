@@ -1,8 +1,8 @@
 """The one linear operator behind every format's module.
 
 It picks its path by the batch: few tokens stream the weights once, many use matrix tiles where the machine has them.
-Activations become int8 with a scale per group and token, or bf16 where many tokens meet bf16 tiles, unless `exact`: then
-the exact weights meet float activations in fp32.
+Activations become int8 with a scale per group and token, or bf16 where many tokens meet bf16 tiles, unless `exact`:
+then the exact weights meet float activations in fp32.
 """
 
 from __future__ import annotations
