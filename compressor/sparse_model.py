@@ -5,18 +5,21 @@ Shapes: O out_features, I in_features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from compressor.calibration import LayerStats
+from compressor.calibration import LayerStats, weight_of
 from compressor.formats import QuantizedWeight, make_format
 from compressor.low_rank import LowRankBranch
 from compressor.preflight import Plan
-from compressor.quantizers import rtn, snap
+from compressor.quantizers import IntegerGrid, rtn, snap
+from compressor.retraining.optimizers import Transform
 from compressor.scheme import Scheme
 
 Report = Callable[[str, int, int, dict[str, Any]], None]
@@ -54,14 +57,37 @@ class SparseModel:
         for branch in self.low_rank.values():
             branch.to("cpu")
 
-    def snap_to_grid(self, name: str, weight: Tensor, scheme: Scheme) -> Callable[[Tensor, slice], Tensor]:
+    @contextmanager
+    def branches_attached(self) -> Iterator[None]:
+        """Inside, the model computes with its low-rank branches, as it is served."""
+        detach = [branch.attach(self.model.get_submodule(name)) for name, branch in self.low_rank.items()]
+        try:
+            yield
+        finally:
+            for remove in detach:
+                remove()
+
+    def mask_of(self, name: str) -> Tensor:
+        """A linear's mask [O, I]; all ones where it was not pruned."""
+        if name in self.masks:
+            return self.masks[name]
+        return torch.ones_like(weight_of(self.model.get_submodule(name)), dtype=torch.bool)
+
+    def snap_to_grid(self, name: str, weight: Tensor, scheme: Scheme) -> Transform:
         """Fixes a layer's scales as of now; returns what the forward is to see of rows of its weight from then on."""
-        fmt = make_format(scheme)
         scale = rtn(weight.cpu(), self.stats.get(name), scheme).scale
         if scale is None:
             return lambda values, _rows: values
         self.scales[name] = scale
-        near = scale.to(weight.device)  # of a model that trains on an accelerator
+        return self.grid_of(name, weight, scheme)
+
+    def grid_of(self, name: str, weight: Tensor, scheme: Scheme) -> Transform:
+        """What the forward is to see of rows of a weight on its grid, whose scales are fixed now if they are not."""
+        if name not in self.scales:
+            return self.snap_to_grid(name, weight, scheme)
+        fmt, near = make_format(scheme), self.scales[name].to(weight.device)  # of a model that trains on an accelerator
+        if fmt.grid is not None:
+            return IntegerGrid(near.float(), *fmt.grid)
         return lambda values, rows: snap(values, near[rows], fmt).dequantized()
 
     def quantize(self, name: str, weight: Tensor, scheme: Scheme) -> QuantizedWeight:

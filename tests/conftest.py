@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from compressor import kernels
 from tests.tiny import make_tiny_model
 
 
@@ -18,6 +19,17 @@ from tests.tiny import make_tiny_model
 def same_numbers_every_time() -> None:
     """Random tensors of a test are the same whichever tests run before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def either_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the compiled kernels, and with torch's operators in their place."""
+    path: str = request.param
+    if path == "torch":
+        monkeypatch.setattr(kernels, "available", lambda: False)
+    elif not kernels.available():
+        pytest.skip("the kernels are not compiled here")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from compressor.formats import QuantizedWeight
 from compressor.quantizers.gptq import gptq
-from compressor.quantizers.rtn import rtn, snap
+from compressor.quantizers.rtn import IntegerGrid, rtn, snap
 from compressor.scheme import Scheme
 
 Quantizer = Callable[[Tensor, Any, Scheme], QuantizedWeight]
 
-__all__ = ["NEED_HESSIAN", "QUANTIZERS", "Quantizer", "gptq", "rtn", "snap"]
+__all__ = ["NEED_HESSIAN", "QUANTIZERS", "IntegerGrid", "Quantizer", "gptq", "rtn", "snap"]
 
 QUANTIZERS: dict[str, Quantizer] = {
     "rtn": rtn,

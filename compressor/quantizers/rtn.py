@@ -7,6 +7,7 @@ least error is taken, each input weighted by its mean square where calibration g
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,6 +57,26 @@ def snap(weight: Tensor, scale: Tensor, fmt: Format) -> QuantizedWeight:
     groups = weight.unflatten(1, (scale.shape[1], -1))
     values = fmt.rounded(groups / scale.float()[:, :, None]).flatten(1)
     return QuantizedWeight(values if fmt.grid is None else values.to(torch.int8), scale)
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """An integer grid with fixed scales: called with rows of a weight, it gives what is served of them.
+
+    Args:
+        scale: [O, G] fp32.
+        lowest, highest: grid values.
+    """
+
+    scale: Tensor
+    lowest: int
+    highest: int
+
+    def __call__(self, weight: Tensor, rows: slice) -> Tensor:
+        """Rows of a weight [O, I], rounded, in fp32."""
+        scale = self.scale[rows][:, :, None]
+        groups = weight.unflatten(1, (scale.shape[1], -1)) / scale
+        return groups.round_().clamp_(self.lowest, self.highest).mul_(scale).flatten(1)
 
 
 def _search(groups: Tensor, importance: Tensor | None, fmt: Format, ratios: Sequence[float]) -> Tensor:

@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from compressor import kernels
 from compressor.calibration import is_conv1d, weight_of
+from compressor.kernels import training
 from compressor.low_rank import INITS, LowRankBranch, initial_branch
 from compressor.masks import TWO_OF_FOUR, MaskShape, flip_rate
 from compressor.retraining.optimizers import (
@@ -138,33 +140,32 @@ class Ast:
         every = self.settings.refresh_every
         if not every or step == 0 or step % every:
             return {}
-        flips = [self._refresh(name) * entry.master.numel() for name, entry in self.sparse.items()]
-        return {"flip_rate": sum(flips) / self._weights(), **self.magnitudes()}
+        found = [self._refresh(name) for name in self.sparse]
+        changed, kept, total = (sum(values) for values in zip(*found, strict=True))
+        weights = sum(entry.master.numel() for entry in self.sparse.values())
+        count = sum(self.shapes[name].kept(entry.master.numel()) for name, entry in self.sparse.items())
+        means = {"mean_kept": kept / count, "mean_masked": (total - kept) / (weights - count)}
+        return {"flip_rate": changed / weights, **means}
 
     @torch.no_grad()
-    def _refresh(self, name: str) -> float:
-        entry = self.sparse[name]
+    def _refresh(self, name: str) -> tuple[float, float, float]:
+        """Mask bits that changed, and sums of |w| of the kept weights and of all."""
+        entry, shape = self.sparse[name], self.shapes[name]
         assert entry.mask is not None
-        mask = self.shapes[name].mask(entry.master.abs())
+        if shape == TWO_OF_FOUR and kernels.available() and entry.master.device.type == "cpu":
+            direct = entry.transform is None and entry.visible.is_contiguous()
+            found = training.refresh(entry.master, entry.mask, entry.visible if direct else None)
+            if found[0] and not direct:
+                entry.publish()
+            return found
+        size = entry.master.abs()
+        mask = shape.mask(size)
         rate = flip_rate(entry.mask, mask)
         if rate:
             entry.mask.copy_(mask)
             entry.publish()
-        return rate
-
-    def _weights(self) -> int:
-        return sum(entry.master.numel() for entry in self.sparse.values())
-
-    @torch.no_grad()
-    def magnitudes(self) -> dict[str, float]:
-        """Mean |w| of kept and of masked weights."""
-        kept = total = 0.0
-        for entry in self.sparse.values():
-            size = entry.master.abs()
-            total += float(size.sum())
-            kept += float(size.mul_(entry.kept()).sum())
-        count = sum(self.shapes[name].kept(entry.master.numel()) for name, entry in self.sparse.items())
-        return {"mean_kept": kept / count, "mean_masked": (total - kept) / (self._weights() - count)}
+        total = float(size.sum())
+        return rate * size.numel(), float(size.mul_(entry.kept()).sum()), total
 
     def update(self, step: int, progress: float, rate: float, scale: float) -> dict[str, float]:
         """One optimiser step on everything that trains."""

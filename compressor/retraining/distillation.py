@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor import kernels
 from compressor.calibration import evaluating
+from compressor.kernels import training
 
 # Logits held per buffer: 16 MB in fp32, so the dozen passes over a chunk stay in a server CPU's cache.
 _CHUNK_LOGITS = 1 << 22
@@ -120,8 +122,10 @@ def chunked_loss(
             assert teacher_TH is not None and teacher_head is not None
             with torch.no_grad():
                 teacher_CV = teacher_head(teacher_TH[start:end])
-        kl, ce, slope_CV = _loss_and_slope(logits_CV.detach(), teacher_CV, labels_T[start:end], kl_weight, temperature)
-        logits_CV.backward(slope_CV.mul_(weight / count).to(logits_CV.dtype))
+        kl, ce, slope_CV = _loss_and_slope(
+            logits_CV.detach(), teacher_CV, labels_T[start:end], kl_weight, temperature, weight / count
+        )
+        logits_CV.backward(slope_CV)
         assert hidden.grad is not None
         gradient[start:end] = hidden.grad
         kl_sum, ce_sum = kl_sum + kl, ce_sum + ce
@@ -140,9 +144,27 @@ def _chunks(count: int, head: Head, hidden_TH: Tensor) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def _loss_and_slope(
+    student_CV: Tensor,
+    teacher_CV: Tensor | TopK | None,
+    labels_C: Tensor,
+    kl_weight: float,
+    temperature: float,
+    scale: float,
+) -> tuple[float, float, Tensor]:
+    """Sums of KL (times T^2) and CE over the chunk, and scale * d(loss sum)/d(student logits) in their dtype."""
+    if kernels.available() and student_CV.device.type == "cpu" and not isinstance(teacher_CV, TopK):
+        slope, sums = training.distil(
+            student_CV, teacher_CV, labels_C, kl_weight=kl_weight, temperature=temperature, scale=scale
+        )
+        kl, ce = sums.sum(0, dtype=torch.float64).tolist()
+        return kl, ce, slope
+    kl, ce, slope = _loss_and_slope_by_torch(student_CV, teacher_CV, labels_C, kl_weight, temperature)
+    return kl, ce, slope.mul_(scale).to(student_CV.dtype)
+
+
+def _loss_and_slope_by_torch(
     student_CV: Tensor, teacher_CV: Tensor | TopK | None, labels_C: Tensor, kl_weight: float, temperature: float
 ) -> tuple[float, float, Tensor]:
-    """Sums of KL (times T^2) and CE over the chunk, and d(loss sum)/d(student logits) in fp32."""
     ce, slope = 0.0, None
     if kl_weight < 1.0 or temperature != 1.0:
         log_q = torch.log_softmax(student_CV, dim=-1, dtype=torch.float32)

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
+from compressor import kernels
 from compressor.calibration import is_conv1d
+from compressor.kernels.training import sum_squares
 from compressor.retraining.optimizers import Trained
 from compressor.retraining.shards import is_sharded
 
@@ -85,7 +87,7 @@ class Distribution:
                 found[is_sharded(entry.parameter)].append(entry.gradient)
         for sharded, gradients in found.items():
             if gradients:
-                sums[sharded] += torch._foreach_norm(gradients, 2, dtype=torch.float32)
+                sums[sharded] += _norms(gradients)
         squares = {
             sharded: torch.stack([norm.to(norms[-1].device) for norm in norms]).square().sum()
             for sharded, norms in sums.items()
@@ -173,6 +175,12 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
 
 def _placement(turned: set[int], parameter: nn.Parameter) -> Shard:
     return Shard(1) if id(parameter) in turned else Shard(0)
+
+
+def _norms(gradients: list[Tensor]) -> Iterable[Tensor]:
+    if kernels.available() and gradients[0].device.type == "cpu":
+        return [torch.tensor(sum_squares(gradient), dtype=torch.float32).sqrt() for gradient in gradients]
+    return torch._foreach_norm(gradients, 2, dtype=torch.float32)
 
 
 def _average(bucket: list[Trained], world: int) -> None:

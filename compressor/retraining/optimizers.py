@@ -18,7 +18,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from compressor import kernels
 from compressor.calibration import is_conv1d
+from compressor.kernels import training
+from compressor.quantizers import IntegerGrid
 from compressor.retraining.shards import local
 
 FORMS = ("decoupled", "coupled")
@@ -157,9 +160,12 @@ def adam_step(
     """
     if entry.gradient is None:
         return
-    for rows in row_blocks(entry.master):
-        _update_rows(entry, entry.gradient[rows], rows, settings, step, rate, decay, scale)
-        entry.publish(rows)
+    if kernels.available() and entry.master.device.type == "cpu":
+        _update_by_kernel(entry, entry.gradient, settings, step, rate, decay, scale)
+    else:
+        for rows in row_blocks(entry.master):
+            _update_rows(entry, entry.gradient[rows], rows, settings, step, rate, decay, scale)
+            entry.publish(rows)
     entry.gradient = None
 
 
@@ -241,6 +247,36 @@ def _decoupled(
     torch._foreach_add_(root, settings.eps)
     torch._foreach_mul_(w, 1.0 - rate * weight_decay)
     torch._foreach_addcdiv_(w, pulled, root, value=-rate / (1.0 - settings.beta1**step))
+
+
+def _update_by_kernel(
+    entry: Trained, gradient: Tensor, settings: AdamSettings, step: int, rate: float, decay: float, scale: float
+) -> None:
+    visible, grid = entry.visible, entry.transform if isinstance(entry.transform, IntegerGrid) else None
+    direct = (entry.transform is None or grid is not None) and visible.is_contiguous()
+    training.adam_step(
+        entry.master,
+        entry.momentum,
+        entry.variance,
+        gradient,
+        entry.mask,
+        visible if direct else None,
+        scale=scale,
+        rate=rate,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay if entry.decays else 0.0,
+        mask_decay=decay,
+        step=step,
+        decoupled=settings.form == "decoupled",
+        prunes=entry.prunes,
+        scales=None if grid is None else grid.scale,
+        grid=(0, 0) if grid is None else (grid.lowest, grid.highest),
+    )
+    if not direct:
+        for rows in row_blocks(entry.master):
+            entry.publish(rows)
 
 
 def _update_rows(

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from compressor import kernels
+from compressor.kernels.training import refresh
 from compressor.masks import MaskShape, check_mask, check_n_m, flip_rate, keep_highest, n_m_mask
 
 
@@ -117,3 +119,20 @@ def test_an_unstructured_mask_keeps_the_highest_and_breaks_ties_by_position() ->
     assert keep_highest(score, 6).all()
     with pytest.raises(ValueError, match="7 of 6"):
         keep_highest(score, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_chooses_the_same_mask(dtype: torch.dtype) -> None:
+    """Ties among them; sums and flips as torch counts them, over more than one thread's piece."""
+    if not kernels.available():
+        pytest.skip("the kernels are not compiled here")
+    master = torch.randn(70, 1004)
+    master[:9] = master[:9].round()
+    old = n_m_mask(torch.randn(master.shape))
+    expected = n_m_mask(master.abs())
+    mask, visible = old.clone(), torch.zeros(master.shape, dtype=dtype)
+    changed, kept, total = refresh(master, mask, visible)
+    assert torch.equal(mask, expected)
+    assert torch.equal(visible, (master * expected).to(dtype))
+    assert changed == int((old != expected).sum())
+    assert (kept, total) == pytest.approx((float((master * expected).abs().sum()), float(master.abs().sum())), rel=1e-5)

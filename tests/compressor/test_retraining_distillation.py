@@ -1,11 +1,14 @@
 """The chunked loss against autograd on full logits, and hidden states and heads of real model classes."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from compressor import kernels
 from compressor.retraining import distillation
 from compressor.retraining.distillation import chunked_loss, head_of, hidden_states, next_tokens, text_loss
 
@@ -15,6 +18,7 @@ def full_loss(logits: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor,
     return a * kl * t * t + (1 - a) * F.cross_entropy(logits, labels)
 
 
+@pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize(("a", "t"), [(1.0, 1.0), (0.67, 2.0), (1.0, 2.0), (0.0, 1.0), (0.5, 1.0)])
 @pytest.mark.parametrize("chunk", [1 << 22, 37 * 5])
 def test_chunked_loss_and_its_gradients_equal_the_full_ones(
@@ -37,6 +41,24 @@ def test_chunked_loss_and_its_gradients_equal_the_full_ones(
     assert loss.ce == pytest.approx(F.cross_entropy(head(hidden), labels).item(), rel=1e-5)
     torch.testing.assert_close(gradient, hidden.grad)
     torch.testing.assert_close(head_gradient, head.weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("a", "t"), [(0.5, 1.0), (0.67, 2.0)])
+def test_the_kernel_gives_torchs_loss_and_slope(dtype: torch.dtype, a: float, t: float) -> None:
+    """1,003 columns, far-apart logits, and one that leaves nothing for the others."""
+    if not kernels.available():
+        pytest.skip("the kernels are not compiled here")
+    student, teacher = (20 * torch.randn(9, 1003)).to(dtype), (20 * torch.randn(9, 1003)).to(dtype)
+    student[0, 7], teacher[1, 1002] = 300.0, 300.0
+    labels = torch.randint(0, 1003, (9,))
+    kl, ce, slope = distillation._loss_and_slope(student, teacher, labels, a, t, 0.25)
+    kl_t, ce_t, slope_t = distillation._loss_and_slope_by_torch(student, teacher, labels, a, t)
+    assert slope.dtype is dtype
+    assert (kl, ce) == pytest.approx((kl_t, ce_t), rel=1e-4)
+    torch.testing.assert_close(slope.float(), 0.25 * slope_t, rtol=1e-4 if dtype is torch.float32 else 1e-2, atol=1e-6)
+    student[3, 3] = float("nan")
+    assert all(math.isnan(value) for value in distillation._loss_and_slope(student, teacher, labels, a, t, 1.0)[:2])
 
 
 def test_no_tensor_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,17 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from compressor import kernels
+from compressor.formats import make_format
+from compressor.kernels.training import sum_squares
 from compressor.masks import n_m_mask
+from compressor.quantizers import IntegerGrid, rtn, snap
 from compressor.retraining import optimizers
 from compressor.retraining.distribution import Distribution
 from compressor.retraining.optimizers import AdamSettings, Trained, adam_step, train_dense, train_linear
+from compressor.scheme import Scheme
+
+pytestmark = pytest.mark.usefixtures("either_path")
 
 
 def entry_of(settings: AdamSettings, module: nn.Module | None = None) -> Trained:
@@ -119,6 +126,20 @@ def test_what_the_forward_sees_passes_the_transform() -> None:
     assert torch.equal(entry.visible, (entry.master * entry.mask).round())  # type: ignore[operator]
 
 
+def test_the_forward_sees_the_grid_after_every_step() -> None:
+    """Groups that lie across the kernel's pieces, values beyond the grid's ends, halves that round to even."""
+    linear = nn.Linear(704, 6, bias=False)
+    entry = entry_of(AdamSettings(), linear)
+    scheme = Scheme("sparse24_int4", 64)
+    scale = rtn(0.5 * entry.master, None, scheme).scale
+    assert scale is not None
+    entry.transform = IntegerGrid(scale.float(), -8, 7)
+    entry.gradient = torch.randn(6, 704)
+    adam_step(entry, AdamSettings(), step=1, rate=1e-2, decay=0.1)
+    expected = snap(entry.master * entry.mask, scale, make_format(scheme)).dequantized()  # type: ignore[operator]
+    torch.testing.assert_close(entry.visible, expected, rtol=0, atol=0)
+
+
 def test_a_mask_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="whose weight is"):
         train_linear("w", nn.Linear(8, 4), torch.ones(4, 4, dtype=torch.bool), AdamSettings())
@@ -135,6 +156,40 @@ def test_without_a_mask_it_is_adamw() -> None:
         reference.step()
         adam_step(entry, settings, step=step, rate=1e-2, decay=0.0)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("form", optimizers.FORMS)
+def test_the_kernel_does_what_torch_does_in_any_size_and_dtype(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """37 x 1,004 values: many threads' pieces, and an end that fills no vector."""
+    settings = AdamSettings(weight_decay=0.1, form=form)
+    found = []
+    for available in (kernels.available(), False):
+        monkeypatch.setattr(kernels, "available", lambda value=available: value)
+        torch.manual_seed(0)
+        entry = entry_of(settings, nn.Linear(1004, 37, bias=False).to(torch.bfloat16))
+        for step in (1, 2, 3):
+            entry.gradient = torch.randn(37, 1004).to(torch.bfloat16)
+            adam_step(entry, settings, step=step, rate=1e-3, decay=0.1, scale=0.5)
+        found.append((entry.master, entry.momentum, entry.variance, entry.visible.float()))
+    for ours, theirs, tolerance in zip(*found, (1e-5, 1e-6, 1e-6, 1e-2), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    x = torch.randn(333, 1001).to(dtype)
+    if not kernels.available():
+        pytest.skip("torch's own norm is used")
+    threads, sums = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            sums.append(sum_squares(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(sums)) == 1
+    assert sums[0] == pytest.approx(float(x.double().square().sum()), rel=1e-6)
+    assert math.isnan(sum_squares(torch.tensor([1.0, math.nan])))
 
 
 def test_tensors_updated_together_are_what_each_alone_would_be() -> None:

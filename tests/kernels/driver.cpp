@@ -196,6 +196,73 @@ void check_steps(const Kernels& k, const Kernels& scalar) {
   }
 }
 
+void check_training(const Kernels& k, const Kernels& scalar) {
+  for (const int n : {1, 15, 64, 700})
+    for (const bool masked : {false, true})
+      for (const bool decoupled : {false, true}) {
+        std::vector<float> state[2][4];
+        std::vector<float> start(n), scales{0.3f, 0.1f, 1.0f, 0.31f, 0.07f};
+        std::vector<uint16_t> halves(n);
+        std::vector<uint8_t> mask(n);
+        for (int i = 0; i < n; ++i) start[i] = uniform(), halves[i] = bf16(uniform()), mask[i] = random_bits() % 2;
+        for (auto& s : state) {
+          const Kernels& kernels = &s == &state[0] ? k : scalar;
+          s[0] = start, s[1].assign(n, 0), s[2].assign(n, 0), s[3].assign(n, 0);
+          AdamStep a{};
+          a.master = s[0].data(), a.momentum = s[1].data(), a.variance = s[2].data(), a.gradient = halves.data();
+          a.mask = masked ? mask.data() : nullptr, a.visible = s[3].data();
+          if (n % 5 == 0 && decoupled) a.scales = scales.data(), a.group = n / 5, a.lowest = -8, a.highest = 7;
+          a.gradient_dtype = Dtype::bf16, a.visible_dtype = Dtype::f32;
+          a.scale = 0.5f, a.rate = 1e-2f, a.beta1 = 0.9f, a.beta2 = 0.95f, a.eps = 1e-3f, a.weight_decay = 0.1f, a.mask_decay = 0.3f;
+          a.correction1 = 0.1f, a.correction2 = 0.2f, a.decoupled = decoupled, a.prunes = true;
+          kernels.adam(a, 0, n / 2);
+          kernels.adam(a, n / 2, n - n / 2);
+        }
+        for (int i = 0; i < 4; ++i) compare("adam", k, state[0][i], state[1][i]);
+        compare("sum of squares", k, {static_cast<float>(k.sum_squares(halves.data(), Dtype::bf16, 0, n))},
+                {static_cast<float>(scalar.sum_squares(halves.data(), Dtype::bf16, 0, n))});
+      }
+}
+
+void check_refresh(const Kernels& k, const Kernels& scalar) {
+  for (const int n : {4, 60, 512, 700}) {
+    std::vector<float> master(n), visible[2];
+    for (float& v : master) v = static_cast<float>(random_bits() % 9) - 4;  // many ties
+    std::vector<uint8_t> mask[2];
+    std::vector<float> counts[2];
+    for (int i = 0; i < 2; ++i) {
+      MaskCount count{};
+      mask[i].assign(n, 0), visible[i].resize(n);
+      const MaskRefresh r{master.data(), mask[i].data(), visible[i].data(), Dtype::f32};
+      (i ? scalar : k).refresh(r, 0, n, &count);
+      counts[i] = {static_cast<float>(count.changed), static_cast<float>(count.kept), static_cast<float>(count.total)};
+    }
+    compare("refresh", k, visible[0], visible[1]);
+    compare("counts", k, counts[0], counts[1]);
+    if (mask[0] != mask[1] || counts[0][0] != static_cast<float>(n / 2)) { std::printf("%s: masks differ\n", k.name); ++failures; }
+  }
+}
+
+void check_distillation(const Kernels& k, const Kernels& scalar) {
+  for (const int columns : {1, 63, 64, 1000})
+    for (const float temperature : {1.0f, 2.0f})
+      for (const bool taught : {false, true}) {
+        std::vector<float> student(columns), teacher(columns), slope[2], sums[2];
+        for (float& v : student) v = 9 * uniform();
+        for (float& v : teacher) v = 9 * uniform();
+        const int64_t label = columns - 1;
+        for (int i = 0; i < 2; ++i) {
+          std::vector<float> memory(static_cast<size_t>(distillation_floats(columns)));
+          slope[i].resize(columns), sums[i].resize(2);
+          Distillation d{student.data(), taught ? teacher.data() : nullptr, &label, slope[i].data(), sums[i].data(),
+                         Dtype::f32, Dtype::f32, columns, 0.5f, temperature, 0.25f};
+          (i ? scalar : k).distil(d, 0, memory.data());
+        }
+        compare("distil", k, slope[0], slope[1]);
+        compare("loss", k, sums[0], sums[1]);
+      }
+}
+
 void check_attention(const Kernels& k, const Kernels& scalar, CacheRow kind, Dtype dtype) {
   for (int dim : {16, 64, 80, 128})
     for (int queries : {1, 5, 20}) {
@@ -250,6 +317,9 @@ int main() {
     const Kernels& k = *find_kernels(names.substr(begin, end - begin).c_str());
     check_linears(k, scalar);
     check_steps(k, scalar);
+    check_training(k, scalar);
+    check_distillation(k, scalar);
+    check_refresh(k, scalar);
     for (CacheRow kind : {CacheRow::bf16, CacheRow::int8, CacheRow::fp8}) for (Dtype dtype : {Dtype::f32, Dtype::bf16}) check_attention(k, scalar, kind, dtype);
     std::printf("%s: %s\n", k.name, failures ? "failed" : "ok");
     begin = end + 1;

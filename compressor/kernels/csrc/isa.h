@@ -1,6 +1,7 @@
 // Included last by every isa_*.cpp, after its simd_*.h: fills the table.
 #pragma once
 #include "attention.h"
+#include "training.h"
 
 namespace halfweight {
 namespace {
@@ -20,6 +21,10 @@ constexpr Kernels make_kernels(const char* name) {
   k.silu_and_mul = silu_and_mul;
   k.rotary = rotary;
   k.copy_row = copy_row;
+  k.adam = adam;
+  k.refresh = refresh;
+  k.distil = distil;
+  k.sum_squares = sum_squares;
   return k;
 }
 

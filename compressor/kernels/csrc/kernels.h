@@ -74,6 +74,46 @@ struct RowsOf {
   int64_t stride;  // elements from row to row
 };
 
+// One step of Adam on a trained tensor, with AST's decay of masked weights (retraining/optimizers.py).
+struct AdamStep {
+  float *master, *momentum, *variance;
+  const void* gradient;
+  const uint8_t* mask;      // nullptr: nothing is masked; else 1 for a kept value and 0 for a masked one
+  void* visible;            // nullptr, or what the forward sees: the master, or with `prunes` the kept part of it
+  const float* scales;      // nullptr, or of each `group` values in turn: visible ones are rounded to whole multiples of it
+  int64_t group;
+  Dtype gradient_dtype, visible_dtype;
+  float scale, rate, beta1, beta2, eps, weight_decay, mask_decay;
+  float correction1, correction2;  // what the first moment and the root of the second are divided by
+  float lowest, highest;    // multiples of a scale
+  bool decoupled, prunes;
+};
+
+// A 2:4 mask chosen anew by |W|; ties go to the earlier position (masks.py).
+struct MaskRefresh {
+  const float* master;
+  uint8_t* mask;
+  void* visible;  // nullptr, or what the forward sees, M*W
+  Dtype visible_dtype;
+};
+struct MaskCount {
+  int64_t changed;      // mask bits
+  double kept, total;   // sums of |w|
+};
+
+// Loss of a student against a teacher, and its slope, a row of logits at a time (retraining/distillation.py).
+struct Distillation {
+  const void *student, *teacher;  // [rows][columns]; teacher: nullptr for cross-entropy alone
+  const int64_t* labels;          // [rows]
+  void* slope;                    // [rows][columns] in student_dtype: of the loss, times `scale`
+  float* sums;                    // [rows][2]: KL times the temperature squared, cross-entropy
+  Dtype student_dtype, teacher_dtype;
+  int columns;
+  float kl_weight, temperature, scale;
+};
+constexpr int kLossLanes = 64;
+HW_INLINE int64_t distillation_floats(int columns) { return 3 * static_cast<int64_t>((columns + kLossLanes - 1) / kLossLanes * kLossLanes); }
+
 struct Kernels {
   const char* name;
   bool unsigned_x;
@@ -100,6 +140,10 @@ struct Kernels {
   void (*silu_and_mul)(const RowsOf& x, int columns, void* out, int64_t row, float* memory);
   void (*rotary)(const RowsOf& x, int heads, int dim, const float* cos_sin, void* out, int64_t row, float* memory);
   void (*copy_row)(const void* x, Dtype from, void* out, Dtype to, int64_t count, float* memory);
+  void (*adam)(const AdamStep& a, int64_t begin, int64_t count);
+  void (*refresh)(const MaskRefresh& r, int64_t begin, int64_t count, MaskCount* sums);  // whole groups; adds to `sums`
+  void (*distil)(const Distillation& d, int64_t row, float* memory);  // memory: distillation_floats(columns)
+  double (*sum_squares)(const void* x, Dtype dtype, int64_t begin, int64_t count);
 };
 
 extern const Kernels* const kScalar;

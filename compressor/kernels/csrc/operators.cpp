@@ -23,6 +23,13 @@ __attribute__((visibility("default"))) const char* halfweight_register() {
       {"store_kv(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()", "store_kv", store_kv},
       {"paged_attention(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor query_start, Tensor context_lens, "
        "float scale) -> Tensor", "paged_attention", paged_attention},
+      {"adam_step(Tensor(a!) master, Tensor(b!) momentum, Tensor(c!) variance, Tensor gradient, Tensor? mask, Tensor(d!)? visible, "
+       "Tensor? scales, int lowest, int highest, float scale, float rate, float beta1, float beta2, float eps, float weight_decay, float mask_decay, float correction1, "
+       "float correction2, bool decoupled, bool prunes) -> ()", "adam_step", adam_step},
+      {"refresh(Tensor master, Tensor(a!) mask, Tensor(b!)? visible) -> (int, float, float)", "refresh", refresh},
+      {"distil(Tensor student, Tensor? teacher, Tensor labels, float kl_weight, float temperature, float scale) -> (Tensor, Tensor)",
+       "distil", distil},
+      {"sum_squares(Tensor x) -> float", "sum_squares", sum_squares},
       {"decoder_layers(Tensor x, Tensor[] weights, int present, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor cos_sin, "
        "Tensor positions, Tensor slot_mapping, Tensor block_tables, Tensor query_start, Tensor context_lens, int heads, int inner, "
        "float eps, float scale) -> (Tensor, Tensor)", "decoder_layers", decoder_layers},

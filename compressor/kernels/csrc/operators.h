@@ -22,6 +22,10 @@ void silu_and_mul(Value* stack, uint64_t inputs, uint64_t outputs);
 void rotary_embedding(Value* stack, uint64_t inputs, uint64_t outputs);
 void store_kv(Value* stack, uint64_t inputs, uint64_t outputs);
 void paged_attention(Value* stack, uint64_t inputs, uint64_t outputs);
+void adam_step(Value* stack, uint64_t inputs, uint64_t outputs);
+void refresh(Value* stack, uint64_t inputs, uint64_t outputs);
+void distil(Value* stack, uint64_t inputs, uint64_t outputs);
+void sum_squares(Value* stack, uint64_t inputs, uint64_t outputs);
 void decoder_layers(Value* stack, uint64_t inputs, uint64_t outputs);
 
 }  // namespace halfweight
