@@ -93,7 +93,8 @@ def _compress(arguments: Sequence[str]) -> int:
     from compressor.recipe import load_recipe
 
     budget = [f"retraining.budget={options.budget}"] if options.budget else []
-    untrained = ["reconstruction=null"] if options.one_shot else []  # what --set says of it counts all the same
+    rebuilt = ["reconstruction=null", "quantization.reconstruction=null"]
+    untrained = rebuilt if options.one_shot else []  # what --set says of it counts all the same
     one_shot = ["retraining=null"] if options.one_shot else []
     task = [f"task.name={options.task}"] if options.task else []
     recipe = load_recipe(options.recipe, [*untrained, *task, *options.set, *budget, *one_shot])

@@ -95,4 +95,8 @@ class LowRankBranch(nn.Module):
 
     def attach(self, linear: nn.Module) -> Callable[[], None]:
         """Add the branch to a linear's output; returns what detaches it."""
-        return linear.register_forward_hook(lambda _module, args, output: output + self(args[0])).remove
+
+        def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + self(args[0].to(self.s.dtype)).to(output.dtype)
+
+        return linear.register_forward_hook(add).remove

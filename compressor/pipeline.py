@@ -6,12 +6,13 @@ work folder beside it from which an interrupted retraining goes on.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -38,6 +39,8 @@ from compressor.recipe import Recipe, parse_budget
 from compressor.retraining import TextDistillation, reconstruction, text_loss
 from compressor.retraining.distribution import join, main_first
 from compressor.retraining.loop import identity_of, training_device
+from compressor.retraining.optimizers import Transform
+from compressor.retraining.reconstruction import ReconstructionSettings
 from compressor.scheme import QuantizationConfig, Scheme
 from compressor.solvers import by_input
 from compressor.sparse_model import Report, Result, SparseModel, watched, work_folder
@@ -65,7 +68,7 @@ def compress(name: str, recipe: Recipe, out: str | Path, *, force: bool = False,
     with OutputFolder(out, force=force) as output:
         result, sparse, text = _train(name, recipe, output.path, report)
         transform(sparse, recipe, result.plan, text, report)
-        calibrate_quantizer(sparse, recipe, result.plan, text, report)
+        quantize(sparse, recipe, text, result, report)
         sparse.to_cpu()
         save(sparse, name, recipe, output, result, report)
     shutil.rmtree(work_folder(output.path), ignore_errors=True)
@@ -122,8 +125,8 @@ def read_text(folder: Path, recipe: Recipe, result: Result) -> TextBlocks | None
 
 def blocks_needed(recipe: Recipe) -> int:
     """Blocks of text that calibration reads."""
-    rebuilt = recipe.reconstruction.samples if recipe.reconstruction else 1
-    return max(rebuilt, recipe.quantization.samples, recipe.sparsity.samples if recipe.sparsity else 1)
+    trained = [settings.samples for settings in (recipe.reconstruction, recipe.quantization.reconstruction) if settings]
+    return max(*trained, recipe.quantization.samples, recipe.sparsity.samples if recipe.sparsity else 1)
 
 
 def choose_dense(
@@ -180,27 +183,45 @@ def reconstruct(
     settings = recipe.reconstruction
     if settings is None or text is None:
         return
+    start, end = _reconstructed(sparse, lambda: load_model(folder), settings, recipe, text, result, report)
+    result.figures |= {"block_error_one_shot": start, "block_error_reconstructed": end}
+
+
+def _reconstructed(
+    sparse: SparseModel,
+    teacher: Callable[[], Any],
+    settings: ReconstructionSettings,
+    recipe: Recipe,
+    text: TextBlocks,
+    result: Result,
+    report: Report,
+    grids: Mapping[str, Transform] | None = None,
+) -> tuple[float, float]:
+    """Mean relative error of the blocks before and after; what a killed run has trained is taken up as it is."""
+    stage = "reconstruct" if grids is None else "rebuild"
+    masks = sparse.masks if grids is None else {name: sparse.mask_of(name) for name in grids}
     precision = recipe.retraining.loop.precision if recipe.retraining else "auto"
     examples = text.blocks[: settings.samples]
-    record = {"reconstruction": asdict(settings), "precision": precision}
-    identity = identity_of(sparse.model, sparse.masks, [examples], record)
-    kept = work_folder(result.out) / "reconstructed.safetensors"
+    scales = [sparse.scales[name] for name in sorted(sparse.scales)]
+    record = {stage: asdict(settings), "precision": precision}
+    identity = identity_of(sparse.model, masks, [examples, *scales], record)
+    kept = work_folder(result.out) / f"{stage}.safetensors"
     with main_first():
-        errors = reconstruction.load_trained(kept, sparse.model, sparse.masks, identity)
+        errors = reconstruction.load_trained(kept, sparse.model, masks, identity)
         if errors is None:
             errors = reconstruction.reconstruct(
                 sparse.model,
-                load_model(folder),
-                {name: sparse.model.get_submodule(name) for name in sparse.masks},
-                sparse.masks,
+                teacher(),
+                {name: sparse.model.get_submodule(name) for name in masks},
+                masks,
                 examples,
                 settings,
+                grids=grids,
                 precision=precision,
-                report=lambda done, total, figures: report("reconstruct", done, total, _rounded_all(figures)),
+                report=lambda done, total, figures: report(stage, done, total, _rounded_all(figures)),
             )
-            reconstruction.save_trained(kept, sparse.model, sparse.masks, identity, errors)
-    result.figures["block_error_one_shot"] = round(fmean(start for start, _ in errors), 4)
-    result.figures["block_error_reconstructed"] = round(fmean(end for _, end in errors), 4)
+            reconstruction.save_trained(kept, sparse.model, masks, identity, errors)
+    return round(fmean(start for start, _ in errors), 4), round(fmean(end for _, end in errors), 4)
 
 
 def _rounded_all(figures: Mapping[str, float]) -> dict[str, Any]:
@@ -275,12 +296,39 @@ def transform(sparse: SparseModel, recipe: Recipe, plan: Plan, text: TextBlocks 
     sparse.scales.clear()
 
 
+def quantize(sparse: SparseModel, recipe: Recipe, text: TextBlocks | None, result: Result, report: Report) -> None:
+    """Finds the grids of the linears where that takes text, and trains the blocks on them where the recipe wants it."""
+    settings = recipe.quantization.reconstruction
+    if text is None:
+        return
+    with sparse.branches_attached():
+        unrounded = copy.deepcopy(sparse.model) if settings is not None else None
+        calibrate_quantizer(sparse, recipe, result.plan, text, report)
+        if settings is None or unrounded is None:
+            return
+        grids = rounding_grids(sparse, unrounded, result.plan)
+        start, end = _reconstructed(sparse, lambda: unrounded, settings, recipe, text, result, report, grids)
+        result.figures |= {"block_error_rounded": start, "block_error_rebuilt": end}
+
+
 @torch.no_grad()
-def calibrate_quantizer(
-    sparse: SparseModel, recipe: Recipe, plan: Plan, text: TextBlocks | None, report: Report
-) -> None:
+def rounding_grids(sparse: SparseModel, unrounded: nn.Module, plan: Plan) -> dict[str, Transform]:
+    """The grid of every linear that has one, and its weight as it was before it was rounded."""
+    grids: dict[str, Transform] = {}
+    for name in block_linears(sparse.model):
+        scheme = plan.schemes.get(name)
+        if scheme is None or not make_format(scheme).scaled:
+            continue
+        weight = weight_of(unrounded.get_submodule(name)).detach()
+        weight_of(sparse.model.get_submodule(name)).copy_(weight)
+        grids[name] = sparse.grid_of(name, weight, scheme)
+    return grids
+
+
+@torch.no_grad()
+def calibrate_quantizer(sparse: SparseModel, recipe: Recipe, plan: Plan, text: TextBlocks, report: Report) -> None:
     """Rounds block after block where the quantiser needs Hessians; each sees the rounded ones before it."""
-    if recipe.quantization.quantizer not in NEED_HESSIAN or text is None or sparse.scales:
+    if recipe.quantization.quantizer not in NEED_HESSIAN or sparse.scales:
         return
     linears = {name: module for name, module in block_linears(sparse.model).items() if name in plan.schemes}
     batches = list(text.blocks[: recipe.quantization.samples].split(8))

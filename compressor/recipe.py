@@ -218,6 +218,8 @@ class Quantization(_Section):
     """`awq` scales the inputs of linears first, so that the most active ones round finer."""
     samples: int = Field(default=64, ge=1)
     """Blocks of text that a quantiser reads, if it reads any."""
+    reconstruction: ReconstructionSettings | None = None
+    """Train the rounded weights of each block on their grid, so that it gives what it gave before it was rounded."""
     embeddings: Literal["int8", "dense"] = "int8"
     """How embeddings and LM head are stored; they are never pruned."""
     kv_cache_dtype: Literal["bfloat16", "int8", "fp8"] | None = None
@@ -276,7 +278,8 @@ class Recipe(_Section):
             )
         self._check_pruned_for_task(str(method))
         settings = self.quantization
-        if settings.quantizer != "rtn" or settings.transform is not None or self.reconstruction is not None:
+        rebuilt = self.reconstruction is not None or settings.reconstruction is not None
+        if settings.quantizer != "rtn" or settings.transform is not None or rebuilt:
             raise ValueError(
                 "with a task weights are rounded to nearest, on grids that the last part of fine-tuning has seen "
                 "(retraining.loop.quantize_share); leave quantizer, transform and reconstruction out"
@@ -347,7 +350,8 @@ class Recipe(_Section):
         rounded = settings.quantizer in NEED_HESSIAN or settings.transform is not None
         if self.fine_tunes:
             return False
-        return self.retraining is not None or self.reconstruction is not None or calibrated or rounded
+        rebuilt = self.reconstruction is not None or settings.reconstruction is not None
+        return self.retraining is not None or rebuilt or calibrated or rounded
 
 
 def check_given_task(recipe: Recipe) -> None:
@@ -368,11 +372,15 @@ def check_streamable(recipe: Recipe) -> None:
             f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} trains all of them. "
             "Give --one-shot too, or leave it out."
         )
-    if recipe.reconstruction is not None:
-        raise ValueError(
-            f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} rebuilds blocks beside "
-            "the dense ones. Give --set reconstruction=null too, or leave it out."
-        )
+    for key, settings in (
+        ("reconstruction", recipe.reconstruction),
+        ("quantization.reconstruction", recipe.quantization.reconstruction),
+    ):
+        if settings is not None:
+            raise ValueError(
+                f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} rebuilds blocks "
+                f"beside those of a second model. Give --set {key}=null too, or leave it out."
+            )
     if recipe.quantization.transform is not None:
         raise ValueError(
             f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} moves scales between "
@@ -475,5 +483,6 @@ _SECTION_KEYS: dict[tuple[Any, ...], list[str]] = {
     ("retraining", "pst"): [field.name for field in fields(PstSettings)],
     ("retraining", "ast", "low_rank"): [field.name for field in fields(LowRankSettings)],
     ("reconstruction",): [field.name for field in fields(ReconstructionSettings)],
+    ("quantization", "reconstruction"): [field.name for field in fields(ReconstructionSettings)],
     ("quantization",): list(Quantization.model_fields),
 }

@@ -12,7 +12,7 @@ half of a pass of distillation, and memory is bounded by the hidden states of th
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from compressor.calibration import BlockCall, blocks_of, calls_of_blocks, weight_of
 from compressor.output import sync
 from compressor.retraining.distribution import Distribution
-from compressor.retraining.loop import compute_dtype, training_device
-from compressor.retraining.optimizers import AdamSettings, Trained, adam_steps, train_dense, train_linear
+from compressor.retraining.loop import compute_dtype, plain_attention, training_device
+from compressor.retraining.optimizers import AdamSettings, Trained, Transform, adam_steps, train_dense, train_linear
 from compressor.retraining.schedules import learning_rate
 
 log = logging.getLogger(__name__)
@@ -63,13 +63,15 @@ def reconstruct(
     tokens_NL: Tensor,
     settings: ReconstructionSettings,
     *,
+    grids: Mapping[str, Transform] | None = None,
     precision: str = "auto",
     report: Report | None = None,
 ) -> list[tuple[float, float]]:
-    """Train the blocks of a pruned model in place; masks stay as they are.
+    """Train the blocks of a pruned model in place; masks stay as they are, and a block that came out worse stays too.
 
     Args:
         linears: the sparse linears by name; `masks` [O, I] under the same names.
+        grids: by the same names, what a block is to see of the linear's weight (straight-through): its packed values.
         tokens_NL: blocks of text, at least `settings.samples`.
         report: called after every block with its number, how many there are, and the error before and after.
 
@@ -83,6 +85,8 @@ def reconstruct(
     with (
         _computing_in(model, device, compute_dtype(precision, device)) as trained,
         _computing_in(teacher, device, compute_dtype(precision, device)),
+        plain_attention(model, tokens_NL.shape[1]),
+        plain_attention(teacher, tokens_NL.shape[1]),
     ):
         with torch.no_grad():
             recorded = [calls_of_blocks(teacher, list(names.values()), batch) for batch in batches]
@@ -92,16 +96,23 @@ def reconstruct(
             with torch.no_grad():
                 dense = [call.run(dense_block, hidden) for call, hidden in zip(own, dense, strict=True)]
             inside = {linear: module for linear, module in linears.items() if linear.startswith(name + ".")}
-            entries = _entries(name, block, inside, masks)
-            start = _error(block, own, sparse, dense)
+            entries = _entries(name, block, inside, masks, grids or {})
+            given = sparse
+            start, sparse = _outputs(block, own, given, dense)
+            end = start
             if inside:
-                _train(block, entries, own, sparse, dense, settings)
+                before = [entry.parameter.detach().clone() for entry in entries]
+                _train(block, entries, own, given, dense, settings)
+                end, sparse = _outputs(block, own, given, dense)
+                if not end <= start:
+                    log.warning("%s came out worse and is left as it was; lower reconstruction's learning_rate", name)
+                    for entry, values in zip(entries, before, strict=True):
+                        entry.parameter.data.copy_(values)
+                    end, sparse = _outputs(block, own, given, dense)
                 trained.update(entry.parameter for entry in entries)
-            with torch.no_grad():
-                errors.append((start, _error(block, own, sparse, dense)))
-                sparse = [call.run(block, hidden) for call, hidden in zip(own, sparse, strict=True)]
+            errors.append((start, end))
             if report is not None:
-                report(index + 1, len(names), {"before": errors[-1][0], "after": errors[-1][1]})
+                report(index + 1, len(names), {"before": start, "after": end})
     return errors
 
 
@@ -130,7 +141,11 @@ def _computing_in(net: nn.Module, device: torch.device, dtype: torch.dtype) -> I
 
 
 def _entries(
-    prefix: str, block: nn.Module, linears: Mapping[str, nn.Module], masks: Mapping[str, Tensor]
+    prefix: str,
+    block: nn.Module,
+    linears: Mapping[str, nn.Module],
+    masks: Mapping[str, Tensor],
+    grids: Mapping[str, Transform],
 ) -> list[Trained]:
     """The sparse weights of a block and whatever else of it trains: norms and biases, not its dense linears."""
     adam = AdamSettings()
@@ -140,6 +155,7 @@ def _entries(
         for name, module in linears.items()
     ]
     for entry in entries:
+        entry.transform = grids.get(entry.name)
         entry.publish()
     others = [(name, p) for name, p in block.named_parameters() if id(p) not in sparse and p.dim() == 1]
     return entries + [train_dense(f"{prefix}.{name}", parameter, adam) for name, parameter in others]
@@ -177,10 +193,13 @@ def _relative(output: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _error(block: nn.Module, calls: Iterable[BlockCall], inputs: list[Tensor], targets: list[Tensor]) -> float:
-    pairs = zip(calls, inputs, targets, strict=True)
-    shares = [float(_relative(call.run(block, hidden), target)) for call, hidden, target in pairs]
-    return sum(shares) / len(shares)
+def _outputs(
+    block: nn.Module, calls: list[BlockCall], inputs: list[Tensor], targets: list[Tensor]
+) -> tuple[float, list[Tensor]]:
+    """Mean relative error of a block's outputs, and the outputs."""
+    outputs = [call.run(block, hidden) for call, hidden in zip(calls, inputs, strict=True)]
+    shares = [float(_relative(output, target)) for output, target in zip(outputs, targets, strict=True)]
+    return sum(shares) / len(shares), outputs
 
 
 def save_trained(

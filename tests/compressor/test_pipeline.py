@@ -1,13 +1,17 @@
 """The command `compress` on tiny models, through its own entry point."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from compressor import pipeline
+from compressor.calibration import calibrate_blocks
 from compressor.checkpoint import Checkpoint
 from compressor.cli import main
 from compressor.formats import make_format
@@ -74,6 +78,37 @@ def test_ast_retrains_packs_and_keeps_two_of_four(
     assert [record["step"] for record in metrics] == list(range(1, len(metrics) + 1))
     assert len(metrics) * 8 * 64 >= 4000
     assert not [entry for entry in tmp_path.iterdir() if entry != out]
+
+
+REBUILT = ["samples=16", "passes=4", "batch=2", "learning_rate=1e-4"]
+REBUILD = [part for setting in REBUILT for part in ("--set", f"quantization.reconstruction.{setting}")]
+
+
+@pytest.mark.parametrize("quantizer", ["gptq", "rtn"])
+def test_rounded_blocks_are_trained_to_give_what_they_gave(
+    quantizer: str, tiny_llama: Path, prose: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model"
+    arguments = [str(tiny_llama), "--recipe", "one-shot-2of4-int4", "--out", str(out), "--set", f"text.source={prose}"]
+    assert main([*arguments, "--set", f"quantization.quantizer={quantizer}", *FAST[2:6], *REBUILD]) == 0
+    assert verify(out).sparse == 14
+    figures = dict(re.findall(r"block[ _]error[ _](rounded|rebuilt)\W+([0-9.]+)", (out / "README.md").read_text()))
+    assert 0 < float(figures["rebuilt"]) < 0.8 * float(figures["rounded"])
+
+
+def test_gptq_sees_the_inputs_that_low_rank_branches_leave(
+    tiny_llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks: list[int] = []
+
+    def watched(model: Any, batches: Any, linears: Any, **settings: Any) -> Any:
+        hooks.append(sum(len(module._forward_hooks) for module in linears.values()))
+        return calibrate_blocks(model, batches, linears, **settings)
+
+    monkeypatch.setattr(pipeline, "calibrate_blocks", watched)
+    recipe = ["--recipe", "ast-slorb-2of4-int4", "--set", f"text.source={prose}"]
+    assert main([str(tiny_llama), "--out", str(tmp_path / "model"), *recipe, *FAST]) == 0
+    assert hooks == [14]
 
 
 def test_slorb_branch_is_stored_beside_the_sparse_weight(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:

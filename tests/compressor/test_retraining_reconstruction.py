@@ -1,6 +1,7 @@
 """Blocks learn to give what the dense ones give; masks stay."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from compressor.calibration import weight_of
+from compressor.formats import make_format
+from compressor.quantizers import IntegerGrid, rtn, snap
 from compressor.retraining import text_loss
 from compressor.retraining.reconstruction import (
     ReconstructionSettings,
@@ -16,6 +19,7 @@ from compressor.retraining.reconstruction import (
     reconstruct,
     save_trained,
 )
+from compressor.scheme import Scheme
 from tests.retraining import gpt2, linears_of, llama, masks_of, opt, text
 
 SETTINGS = ReconstructionSettings(samples=24, passes=8, batch=4, learning_rate=3e-3)
@@ -41,6 +45,42 @@ def test_every_block_comes_nearer_to_the_dense_one(build: Callable[[], nn.Module
     dense, one_shot, rebuilt = (text_loss(net, text(8)) for net in (teacher, pruned, model))
     assert abs(rebuilt - dense) < abs(one_shot - dense)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_rounded_weights_train_on_their_grid() -> None:
+    """Straight-through: what comes out lies on the grid, keeps its zeros, and gives more nearly what it gave before."""
+    torch.set_num_threads(1)
+    model = llama()
+    linears = linears_of(model)
+    masks, scheme = masks_of(linears), Scheme("sparse24_int4", 16)
+    fmt = make_format(scheme)
+    scales = {}
+    for name, module in linears.items():
+        module.weight.data.mul_(masks[name])
+        scale = rtn(module.weight, None, scheme).scale
+        assert scale is not None and fmt.grid is not None
+        scales[name] = scale
+    grids = {name: IntegerGrid(scale.float(), *fmt.grid) for name, scale in scales.items()}
+    gentle = dataclasses.replace(SETTINGS, learning_rate=3e-4)
+    errors = reconstruct(model, copy.deepcopy(model), linears, masks, text(), gentle, grids=grids, precision="fp32")
+    assert all(0 < after < 0.8 * before for before, after in errors)
+    for name, module in linears.items():
+        weight = module.weight.detach()
+        assert not bool(weight[~masks[name]].any())
+        assert torch.equal(snap(weight, scales[name], fmt).dequantized(), weight)
+
+
+def test_a_block_that_training_makes_worse_stays_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    torch.set_num_threads(1)
+    model = llama()
+    linears = linears_of(model)
+    masks = masks_of(linears)
+    pruned = {name: weight_of(module).detach() * masks[name] for name, module in linears.items()}
+    wild = dataclasses.replace(SETTINGS, learning_rate=1e3)
+    errors = reconstruct(model, copy.deepcopy(model), linears, masks, text(), wild, precision="fp32")
+    assert all(after == before for before, after in errors)
+    assert all(torch.equal(weight_of(module), pruned[name]) for name, module in linears.items())
+    assert "lower reconstruction's learning_rate" in caplog.text
 
 
 def test_bad_settings_are_refused() -> None:
