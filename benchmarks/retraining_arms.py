@@ -89,14 +89,10 @@ def arms_of(budget: str) -> list[Arm]:
         for rate in _RATES
     ]
     # At the rate that was best from the other starts (the record has them).
-    grid.append(
-        Arm(
-            f"AST as published, our start and batch, rate {_RATES[0]:g} @ {budget}",
-            "AST as published",
-            tokens,
-            published("sparsegpt", _RATES[0], like=shipped("ast-2of4-bf16")),
-        )
-    )
+    for start, rebuilt in (("our start and batch", False), ("our rebuilt start and our batch", True)):
+        recipe = published("sparsegpt", _RATES[0], like=shipped("ast-2of4-bf16"), rebuilt=rebuilt)
+        label = f"AST as published, {start}, rate {_RATES[0]:g} @ {budget}"
+        grid.append(Arm(label, "AST as published", tokens, recipe))
     cast = [
         Arm(f"CAST, rate {rate:g}, lambda {decay:g} @ {budget}", "CAST", tokens, cast_recipe(rate, decay))
         for rate in (3e-4, 1e-3)
@@ -107,8 +103,8 @@ def arms_of(budget: str) -> list[Arm]:
         Arm(f"ours {values} @ {budget}", f"ours {values}", tokens, packing(f"ast-2of4-{values}"), base=ours.label)
         for values in ("int4", "int8")
     ]
-    # Its last part sees the packed values, in place of GPTQ at the end.
-    seen = {"retraining": {"loop": {"quantize_share": 0.25}}, "quantization": {"quantizer": "rtn"}}
+    # Its last part sees the packed values, in place of the blocks' training on their grid at the end.
+    seen = {"retraining": {"loop": {"quantize_share": 0.25}}, "quantization": {"reconstruction": None}}
     trained = Arm(
         f"ours int4, trained on its grid @ {budget}",
         "ours int4 trained on its grid",
@@ -138,14 +134,19 @@ def ablation_arms() -> list[Arm]:
     ]
 
 
-def published(start: str, rate: float, *, like: Record | None = None) -> Record:
-    """AST with the paper's settings as shares of the budget; with the samples and the batch of another recipe."""
+def published(start: str, rate: float, *, like: Record | None = None, rebuilt: bool = False) -> Record:
+    """AST with the paper's settings as shares of the budget; with samples and batch of another recipe, or its blocks
+    rebuilt too.
+    """
     loop = _PUBLISHED_LOOP | {"learning_rate": rate}
     samples = 32
     if like is not None:
         samples, loop["batch"] = like["sparsity"]["samples"], like["retraining"]["loop"]["batch"]
     retraining = {"method": "ast", "loop": loop, "ast": _PUBLISHED_AST}
-    return _with(_ONE_SHOT, {"sparsity": {"criterion": start, "samples": samples}, "retraining": retraining})
+    recipe = _with(_ONE_SHOT, {"sparsity": {"criterion": start, "samples": samples}, "retraining": retraining})
+    if rebuilt and like is not None:
+        recipe["reconstruction"] = like["reconstruction"]
+    return recipe
 
 
 def cast_recipe(rate: float, decay: float) -> Record:
@@ -169,7 +170,7 @@ def shipped(name: str) -> Record:
 
 
 def packing(name: str) -> Record:
-    """The last stage of a recipe alone, for a model that the stages before have made."""
+    """The last stage of a recipe alone, its blocks' training on their grid included, for a model that is made."""
     record = shipped(name)
     for trains in ("reconstruction", "retraining"):
         record.pop(trains, None)

@@ -1,8 +1,10 @@
 """What a retraining step costs: against distilling the same dense model, and our loop against Hugging Face's Trainer.
 
+    python -m benchmarks.training_cost parts
     python -m benchmarks.training_cost memory|trainer|loop ...
 
-are the processes that measure what needs a process of its own. Steps of the two kinds alternate in one process.
+The first says what the kernels of training give; the others are the processes that measure what needs one of its own.
+Steps of the two kinds alternate in one process.
 """
 
 from __future__ import annotations
@@ -42,7 +44,72 @@ def cost_rows(folder: Path, windows: Tensor) -> list[dict[str, Any]]:
         "tokens_per_s_vs_hf_trainer": median(speeds["loop"]) / median(speeds["trainer"]),
     }
     seconds = {"ours": ours, "dense": dense}
-    return [{"arm": "cost", "kind": "cost", "figures": figures, "seconds": seconds, "memory": memory, **speeds}]
+    parts = step_parts()
+    return [
+        {
+            "arm": "cost",
+            "kind": "cost",
+            "figures": figures,
+            "seconds": seconds,
+            "memory": memory,
+            "parts": parts,
+            **speeds,
+        }
+    ]
+
+
+def step_parts() -> dict[str, dict[str, float]]:
+    """Of what a step does beside matrix products: milliseconds by our kernels and by torch's operators, in turns.
+
+    Adam with AST's decay and the mask's refresh over 10 layers of SmolLM2's size, the loss over 64 tokens of its
+    vocabulary; bytes are those that must move at least once, their rate is set against the rate of reading alone.
+    """
+    from benchmarks.kernels import read_rate
+    from compressor import kernels
+    from compressor.masks import n_m_mask
+    from compressor.retraining.ast import Ast, AstSettings
+    from compressor.retraining.distillation import _loss_and_slope
+    from compressor.retraining.optimizers import AdamSettings, adam_steps
+
+    torch.manual_seed(0)
+    linears = {str(i): nn.Linear(576, 1536, bias=False).to(torch.bfloat16) for i in range(40)}
+    masks = {name: n_m_mask(module.weight.detach().float().abs()) for name, module in linears.items()}
+    method = Ast(linears, masks, {}, AstSettings(), AdamSettings(), torch.bfloat16)
+    weights = sum(module.weight.numel() for module in linears.values())
+    student, teacher = torch.randn(2, 64, 49152).to(torch.bfloat16)
+    labels = torch.randint(0, 49152, (64,))
+
+    def adam() -> None:
+        for entry in method.trained:
+            entry.gradient = entry.visible
+        adam_steps(method.trained, method.adam, step=1, rate=1e-9, decay=1e-4)
+
+    parts: dict[str, tuple[Callable[[], object], float]] = {
+        # gradient and mask in, weight and moments in and out, what the forward sees out
+        "adam": (adam, weights * (2 + 1 + 6 * 4 + 2)),
+        "refresh": (lambda: method.before_step(method.settings.refresh_every), weights * (4 + 2 + 2)),
+        "loss": (lambda: _loss_and_slope(student, teacher, labels, 0.5, 1.0, 1.0), 3 * student.nbytes),
+    }
+    rate, found, there = read_rate(1 << 28), {}, kernels.available
+    try:
+        for name, (run, moved) in parts.items():
+            times: dict[str, list[float]] = {"kernel": [], "torch": []}
+            for turn in range(2 * (1 + _STEPS)):
+                kernels.available = there if turn % 2 == 0 else lambda: False
+                start = time.perf_counter()
+                run()
+                times["kernel" if turn % 2 == 0 else "torch"].append(time.perf_counter() - start)
+            ours, theirs = (median(times[kind][1:]) for kind in ("kernel", "torch"))
+            found[name] = {
+                "ms": 1e3 * ours,
+                "torch_ms": 1e3 * theirs,
+                "torch_over_ours": theirs / ours,
+                "bytes_per_s": moved / ours,
+                "share_of_read_rate": moved / ours / rate,
+            }
+    finally:
+        kernels.available = there
+    return found
 
 
 def step_seconds(folder: Path, tokens: Tensor) -> tuple[list[float], list[float]]:
@@ -170,5 +237,10 @@ def _trainer(folder: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    kinds: dict[str, Callable[..., dict[str, float]]] = {"memory": _memory, "loop": _loop, "trainer": _trainer}
+    kinds: dict[str, Callable[..., dict[str, Any]]] = {
+        "parts": step_parts,
+        "memory": _memory,
+        "loop": _loop,
+        "trainer": _trainer,
+    }
     print(json.dumps(kinds[sys.argv[1]](*sys.argv[2:])))

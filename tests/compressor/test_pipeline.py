@@ -80,7 +80,7 @@ def test_ast_retrains_packs_and_keeps_two_of_four(
     assert not [entry for entry in tmp_path.iterdir() if entry != out]
 
 
-REBUILT = ["samples=16", "passes=4", "batch=2", "learning_rate=1e-4"]
+REBUILT = ["samples=16", "passes=4", "batch=2", "learning_rate=2e-3"]
 REBUILD = [part for setting in REBUILT for part in ("--set", f"quantization.reconstruction.{setting}")]
 
 
