@@ -140,7 +140,9 @@ def _dry_run(model: str, recipe: Any, out: str, force: bool, low_memory: bool) -
     print(f"size       {plan.dense_bytes / 1e6:.1f} MB -> about {plan.packed_bytes / 1e6:.1f} MB")
     print(f"memory     about {plan.memory_bytes / 1e9:.1f} GB while compressing")
     print(f"disk       about {plan.disk_bytes / 1e9:.2f} GB for output and resume files")
-    print(f"retraining {'none' if plan.seconds is None else f'about {plan.seconds / 60:.0f} min'}")
+    trains = recipe.retraining or recipe.reconstruction or recipe.quantization.reconstruction
+    unknown = "as long as the text is" if trains else "none"
+    print(f"training   {unknown if plan.seconds is None else f'about {plan.seconds / 60:.0f} min'}")
     for note in plan.notes:
         print(f"note       {note}")
     print("nothing was written")

@@ -29,6 +29,7 @@ from compressor.masks import MaskShape
 from compressor.models import block_linears, is_classifier, name_of, skeleton
 from compressor.quantizers import rtn
 from compressor.recipe import Recipe, check_given_task, parse_budget
+from compressor.retraining.loop import compute_dtype, training_device
 from compressor.scheme import Scheme
 from compressor.tasks import Task, load_task
 
@@ -59,7 +60,7 @@ class Plan:
         packed_bytes: of the packed weights.
         memory_bytes: estimated peak while compressing.
         disk_bytes: needed for output and resume files.
-        seconds: estimated time of retraining, or None without retraining.
+        seconds: estimated time of retraining and reconstruction, or None without them or where it is not known.
         notes: things worth knowing before the start.
         task: what the model is fine-tuned for, where the recipe names a task.
     """
@@ -246,14 +247,21 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _seconds(recipe: Recipe, parameters: int) -> float | None:
-    """Time of retraining: the budget itself, or its operations over a measured matrix-product rate."""
-    if recipe.retraining is None:
+    """Time of retraining and reconstruction: the budget itself, or operations over a measured rate."""
+    rebuilt = [settings for settings in (recipe.reconstruction, recipe.quantization.reconstruction) if settings]
+    if recipe.retraining is None and not rebuilt:
         return None
-    budget = parse_budget(recipe.retraining.budget)
-    if budget.tokens is None:  # passes over a text that is not read yet have no known length
-        return budget.seconds
-    # Forward and backward of the student (6 per weight and token) and the teacher's forward (2), at a third of peak.
-    return budget.tokens * parameters * 8 / (_matmul_rate() / 3)
+    # Of a weight and token: forward and backward in each pass (6), and three forwards (2) of student or teacher.
+    operations = float(sum(settings.samples * (6 * settings.passes + 6) for settings in rebuilt) * recipe.text.length)
+    seconds = 0.0
+    if recipe.retraining is not None:
+        budget = parse_budget(recipe.retraining.budget)
+        if budget.tokens is None and budget.seconds is None:
+            return None  # passes over a text that is not read yet have no known length
+        seconds = budget.seconds or 0.0
+        # Forward and backward of the student (6) and the teacher's forward (2).
+        operations += 8 * (budget.tokens or 0)
+    return seconds + operations * parameters / _training_rate(recipe)
 
 
 def _task_seconds(recipe: Recipe, task: Task, parameters: int) -> float | None:
@@ -266,18 +274,21 @@ def _task_seconds(recipe: Recipe, task: Task, parameters: int) -> float | None:
     )
     tokens = min(recipe.task.length, math.ceil(_TOKENS_OF_A_WORD * words))
     budget = budget.resolved(len(task.train), tokens, recipe.retraining.loop.batch)
-    return budget.seconds if budget.tokens is None else budget.tokens * parameters * 6 / (_matmul_rate() / 3)
+    return budget.seconds if budget.tokens is None else budget.tokens * parameters * 6 / _training_rate(recipe)
 
 
-def _matmul_rate() -> float:
-    """Operations a second of a 1024 x 1024 fp32 product: the best of five."""
-    a = torch.randn(1024, 1024)
+def _training_rate(recipe: Recipe) -> float:
+    """Operations a second that training reaches: a share of the best of five 1024 x 1024 products in its dtype."""
+    device = training_device()
+    dtype = compute_dtype(recipe.retraining.loop.precision if recipe.retraining else "auto", device)
+    a = torch.randn(1024, 1024, device=device).to(dtype)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        a @ a
+        float((a @ a)[0, 0])
         best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+    # SmolLM2-135M: products in fp32 reach more of their peak than those of matrix units, which the rest then holds up.
+    return 2 * 1024**3 / best * (1 / 3 if dtype is torch.float32 else 1 / 8)
 
 
 def _block_bytes(model: nn.Module, linears: Mapping[str, nn.Module]) -> int:
