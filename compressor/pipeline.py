@@ -183,7 +183,8 @@ def reconstruct(
     settings = recipe.reconstruction
     if settings is None or text is None:
         return
-    start, end = _reconstructed(sparse, lambda: load_model(folder), settings, recipe, text, result, report)
+    with main_first():
+        start, end = _reconstructed(sparse, lambda: load_model(folder), settings, recipe, text, result, report)
     result.figures |= {"block_error_one_shot": start, "block_error_reconstructed": end}
 
 
@@ -206,21 +207,20 @@ def _reconstructed(
     record = {stage: asdict(settings), "precision": precision}
     identity = identity_of(sparse.model, masks, [examples, *scales], record)
     kept = work_folder(result.out) / f"{stage}.safetensors"
-    with main_first():
-        errors = reconstruction.load_trained(kept, sparse.model, masks, identity)
-        if errors is None:
-            errors = reconstruction.reconstruct(
-                sparse.model,
-                teacher(),
-                {name: sparse.model.get_submodule(name) for name in masks},
-                masks,
-                examples,
-                settings,
-                grids=grids,
-                precision=precision,
-                report=lambda done, total, figures: report(stage, done, total, _rounded_all(figures)),
-            )
-            reconstruction.save_trained(kept, sparse.model, masks, identity, errors)
+    errors = reconstruction.load_trained(kept, sparse.model, masks, identity)
+    if errors is None:
+        errors = reconstruction.reconstruct(
+            sparse.model,
+            teacher(),
+            {name: sparse.model.get_submodule(name) for name in masks},
+            masks,
+            examples,
+            settings,
+            grids=grids,
+            precision=precision,
+            report=lambda done, total, figures: report(stage, done, total, _rounded_all(figures)),
+        )
+        reconstruction.save_trained(kept, sparse.model, masks, identity, errors)
     return round(fmean(start for start, _ in errors), 4), round(fmean(end for _, end in errors), 4)
 
 
