@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         help="do not prune these layers: a name, 're:PATTERN', or auto:5%% for the most sensitive ones",
     )
     flag("--task", default=_env("task"), metavar="NAME", help="fine-tune for this task (recipes pst-...)")
-    flag("--one-shot", action="store_true", help="leave training out: retraining and reconstruction")
+    flag("--one-shot", action="store_true", help="leave training out: retraining and reconstruction; int4 then by GPTQ")
     flag("--low-memory", action="store_true", help="never hold the model: one weight, or block, at a time")
     flag("--tensorboard", metavar="DIR", help="also write the metrics of retraining there, for TensorBoard")
     flag("--dry-run", action="store_true", help="check everything, estimate size, memory and time, and stop")
@@ -93,8 +93,11 @@ def _compress(arguments: Sequence[str]) -> int:
     from compressor.recipe import load_recipe
 
     budget = [f"retraining.budget={options.budget}"] if options.budget else []
-    rebuilt = ["reconstruction=null", "quantization.reconstruction=null"]
-    untrained = rebuilt if options.one_shot else []  # what --set says of it counts all the same
+    untrained: list[str] = []  # what --set says of it counts all the same
+    if options.one_shot:
+        untrained = ["reconstruction=null", "quantization.reconstruction=null"]
+        if load_recipe(options.recipe).quantization.reconstruction is not None:
+            untrained.append("quantization.quantizer=gptq")  # stands in for training on the grid
     one_shot = ["retraining=null"] if options.one_shot else []
     task = [f"task.name={options.task}"] if options.task else []
     recipe = load_recipe(options.recipe, [*untrained, *task, *options.set, *budget, *one_shot])

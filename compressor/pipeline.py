@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from compressor import retraining
 from compressor.awq import apply_awq
-from compressor.calibration import IN_MEMORY, LayerStats, Residence, calibrate_blocks, weight_of
+from compressor.calibration import IN_MEMORY, LayerStats, Residence, calibrate, calibrate_blocks, weight_of
 from compressor.checkpoint import CheckpointWriter, copy_companions
 from compressor.data import TextBlocks, load_text
 from compressor.formats import make_format
@@ -306,23 +306,26 @@ def quantize(sparse: SparseModel, recipe: Recipe, text: TextBlocks | None, resul
         calibrate_quantizer(sparse, recipe, result.plan, text, report)
         if settings is None or unrounded is None:
             return
-        grids = rounding_grids(sparse, unrounded, result.plan)
+        grids = rounding_grids(sparse, unrounded, result.plan, text.blocks[: recipe.quantization.samples])
         start, end = _reconstructed(sparse, lambda: unrounded, settings, recipe, text, result, report, grids)
         result.figures |= {"block_error_rounded": start, "block_error_rebuilt": end}
 
 
 @torch.no_grad()
-def rounding_grids(sparse: SparseModel, unrounded: nn.Module, plan: Plan) -> dict[str, Transform]:
-    """The grid of every linear that has one, and its weight as it was before it was rounded."""
-    grids: dict[str, Transform] = {}
-    for name in block_linears(sparse.model):
-        scheme = plan.schemes.get(name)
-        if scheme is None or not make_format(scheme).scaled:
-            continue
-        weight = weight_of(unrounded.get_submodule(name)).detach()
-        weight_of(sparse.model.get_submodule(name)).copy_(weight)
-        grids[name] = sparse.grid_of(name, weight, scheme)
-    return grids
+def rounding_grids(sparse: SparseModel, unrounded: nn.Module, plan: Plan, tokens_NL: Tensor) -> dict[str, Transform]:
+    """The grid of every linear that has one; its weight is put back to what it was before it was rounded."""
+    linears = {
+        name: module
+        for name, module in block_linears(sparse.model).items()
+        if name in plan.schemes and make_format(plan.schemes[name]).scaled
+    }
+    for name, module in linears.items():
+        weight_of(module).copy_(weight_of(unrounded.get_submodule(name)))
+    if not sparse.scales:  # what calibration saw before retraining is not what these layers see now
+        sparse.stats = sparse.stats | calibrate(sparse.model, tokens_NL.split(8), linears)
+    return {
+        name: sparse.grid_of(name, weight_of(module).detach(), plan.schemes[name]) for name, module in linears.items()
+    }
 
 
 @torch.no_grad()

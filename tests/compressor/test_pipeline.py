@@ -20,6 +20,7 @@ from compressor.masks import check_n_m
 
 FAST = ["--set", "retraining.budget=4ktok", "--set", "text.length=64", "--set", "sparsity.samples=8"]
 FAST += ["--set", "retraining.validation_blocks=4", "--set", "retraining.loop.batch=8"]
+QUICKLY = ["--set", "reconstruction.samples=8", "--set", "quantization.reconstruction.samples=8"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_ast_retrains_packs_and_keeps_two_of_four(
     source: Path = request.getfixturevalue(family)
     out = tmp_path / "model"
     arguments = [str(source), "--recipe", "ast-2of4-int4", "--out", str(out), "--set", f"text.source={prose}", *FAST]
-    assert main(arguments) == 0
+    assert main([*arguments, *QUICKLY]) == 0
     checkpoint = Checkpoint.open(out)
     for name, scheme in packed_modules(checkpoint).items():
         fmt = make_format(scheme)
@@ -107,14 +108,15 @@ def test_gptq_sees_the_inputs_that_low_rank_branches_leave(
 
     monkeypatch.setattr(pipeline, "calibrate_blocks", watched)
     recipe = ["--recipe", "ast-slorb-2of4-int4", "--set", f"text.source={prose}"]
-    assert main([str(tiny_llama), "--out", str(tmp_path / "model"), *recipe, *FAST]) == 0
+    recipe += ["--set", "quantization.quantizer=gptq"]
+    assert main([str(tiny_llama), "--out", str(tmp_path / "model"), *recipe, *FAST, *QUICKLY]) == 0
     assert hooks == [14]
 
 
 def test_slorb_branch_is_stored_beside_the_sparse_weight(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     recipe = ["--recipe", "ast-slorb-2of4-int4", "--set", f"text.source={prose}"]
-    assert main([str(tiny_llama), "--out", str(out), *recipe, *FAST]) == 0
+    assert main([str(tiny_llama), "--out", str(out), *recipe, *FAST, *QUICKLY]) == 0
     tensors = Checkpoint.open(out).module("model.layers.0.mlp.up_proj")
     assert tensors["low_rank_b"].shape == (128, 4)
     assert tensors["low_rank_b"].dtype == torch.int8
