@@ -68,7 +68,7 @@ class LoopSettings:
             over 5 % of that.
         rollbacks: how often a run whose loss is not finite or explodes goes back to a snapshot, each time at half the
             rate, before it stops.
-        explosion: a loss is bad above so many times the median of the steps before; 0 turns that off.
+        explosion: three losses in a row are bad above so many times the median of the steps before; 0 turns that off.
         distribution: "ddp" or "fsdp" where a launcher started several processes; "auto": as the launcher was told.
         checkpoint_activations: compute each block again in the backward pass instead of keeping what is inside it.
     """

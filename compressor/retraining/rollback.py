@@ -1,7 +1,8 @@
 """When a run has gone wrong, and what is remembered of it: the reasons to go back to a snapshot at a lower rate.
 
-A step is bad when its loss or gradient is not finite, or its loss is far above those of the steps before. The record of
-what happened lies beside the snapshots, for a run that is killed after going back must not start at the old rate again.
+A step is bad when its loss or gradient is not finite, or when its loss and those of the two steps before it are far
+above what came before them: one alone is a hard text, which small batches meet now and then. The record of what
+happened lies beside the snapshots, for a run that is killed after going back must not start at the old rate again.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any
 
 _REMEMBERED = 32
 _NATS = 3.0
+_IN_A_ROW = 3
 
 
 class DivergedError(RuntimeError):
@@ -26,7 +28,8 @@ class Guard:
     """Watches losses, and counts how often the run went back.
 
     Args:
-        explosion: a loss is bad above so many times the median of the last 32, if by 3 nats at least; 0 turns it off.
+        explosion: three losses in a row are bad above so many times the median of the 32 before, if by 3 nats at
+            least; 0 turns it off.
         limit: how often a run may go back.
         cut: what the rate is multiplied by each time.
         file: where the record is kept; None keeps it in memory.
@@ -55,10 +58,14 @@ class Guard:
         where = f"at step {step}, examples {list(examples)}"
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise DivergedError(f"loss {loss}, gradient norm {norm} {where}")
-        usual = median(self.losses) if len(self.losses) == _REMEMBERED else math.inf
-        if self.explosion and loss > max(self.explosion * usual, usual + _NATS):
-            raise DivergedError(f"loss {loss:.3g} where the last {_REMEMBERED} had a median of {usual:.3g} {where}")
-        self.losses = [*self.losses, loss][-_REMEMBERED:]
+        self.losses = [*self.losses, loss][-_REMEMBERED - _IN_A_ROW :]
+        before, last = self.losses[:_REMEMBERED], self.losses[_REMEMBERED:]
+        if not self.explosion or len(last) < _IN_A_ROW:
+            return
+        usual = median(before)
+        if min(last) > max(self.explosion * usual, usual + _NATS):
+            found = ", ".join(f"{each:.3g}" for each in last)
+            raise DivergedError(f"losses {found} where the {_REMEMBERED} before had a median of {usual:.3g} {where}")
 
     def record(self, error: DivergedError, step: int, back_to: Mapping[str, Any] | None) -> int:
         """Note that the run goes back; returns to how many snapshots before the newest.
