@@ -34,10 +34,6 @@ _METHODS: dict[str, dict[str, Any]] = {
     "GPTQ act-order": {"quantizer": "gptq-act-order"},
     "AWQ": {"quantizer": "rtn", "transform": "awq"},
     "AWQ + GPTQ": {"quantizer": "gptq", "transform": "awq"},
-    "RTN, trained on its grid": {
-        "quantizer": "rtn",
-        "reconstruction": {"samples": 128, "passes": 2, "batch": 1, "learning_rate": 2e-3},
-    },
 }
 _STOCK = "stock GPTQ"
 
@@ -70,7 +66,7 @@ def arms(llama: bool) -> Iterator[Arm]:
 
 def _turn(arm: Arm) -> int:
     """int4 and what it is compared with come first, so that a run that is cut short has the headline."""
-    if arm.method in ("GPTQ act-order", "AWQ + GPTQ", "RTN, trained on its grid"):
+    if arm.method in ("GPTQ act-order", "AWQ + GPTQ"):
         return 2
     return int(arm.values in ("int8", "fp8"))
 
