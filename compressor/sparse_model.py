@@ -44,6 +44,7 @@ class SparseModel:
     model: Any
     stats: dict[str, LayerStats]
     masks: dict[str, Tensor]
+    """Those that the criterion chose, by linear; what was retrained may have others (`mask_of`)."""
     low_rank: dict[str, LowRankBranch] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
     """The scales that the last part of retraining saw; packing keeps them, so that what was trained is served."""
@@ -68,10 +69,9 @@ class SparseModel:
                 remove()
 
     def mask_of(self, name: str) -> Tensor:
-        """A linear's mask [O, I]; all ones where it was not pruned."""
-        if name in self.masks:
-            return self.masks[name]
-        return torch.ones_like(weight_of(self.model.get_submodule(name)), dtype=torch.bool)
+        """Where a linear's weight [O, I] may be other than zero as it is now: retraining moves masks."""
+        weight = weight_of(self.model.get_submodule(name)).detach()
+        return weight != 0 if name in self.masks else torch.ones_like(weight, dtype=torch.bool)
 
     def snap_to_grid(self, name: str, weight: Tensor, scheme: Scheme) -> Transform:
         """Fixes a layer's scales as of now; returns what the forward is to see of rows of its weight from then on."""

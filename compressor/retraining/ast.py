@@ -138,7 +138,7 @@ class Ast:
     def before_step(self, step: int) -> dict[str, float]:
         """Refresh the masks when it is time, and tell how they moved. The loop counts steps, not forward calls."""
         every = self.settings.refresh_every
-        if not every or step == 0 or step % every:
+        if not every or step == 0 or step % every or not self.sparse:
             return {}
         found = [self._refresh(name) for name in self.sparse]
         changed, kept, total = (sum(values) for values in zip(*found, strict=True))

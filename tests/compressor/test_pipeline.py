@@ -11,12 +11,13 @@ import torch
 import yaml
 
 from compressor import pipeline
-from compressor.calibration import calibrate_blocks
+from compressor.calibration import calibrate_blocks, weight_of
 from compressor.checkpoint import Checkpoint
 from compressor.cli import main
 from compressor.formats import make_format
 from compressor.inspection import inspect, packed_modules, verify
 from compressor.masks import check_n_m
+from compressor.pipeline import quantize
 
 FAST = ["--set", "retraining.budget=4ktok", "--set", "text.length=64", "--set", "sparsity.samples=8"]
 FAST += ["--set", "retraining.validation_blocks=4", "--set", "retraining.loop.batch=8"]
@@ -111,6 +112,31 @@ def test_gptq_sees_the_inputs_that_low_rank_branches_leave(
     recipe += ["--set", "quantization.quantizer=gptq"]
     assert main([str(tiny_llama), "--out", str(tmp_path / "model"), *recipe, *FAST, *QUICKLY]) == 0
     assert hooks == [14]
+
+
+def test_rounded_blocks_train_under_the_mask_that_retraining_ended_with(
+    tiny_llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At this rate masks move far from those that the criterion chose."""
+    retrained: dict[str, torch.Tensor] = {}
+
+    def watched(sparse: Any, recipe: Any, text: Any, result: Any, report: Any) -> None:
+        for name in sparse.masks:
+            retrained[name] = weight_of(sparse.model.get_submodule(name)).detach() != 0
+        moved = [float((retrained[name] != mask).float().mean()) for name, mask in sparse.masks.items()]
+        assert min(moved) > 0.01
+        quantize(sparse, recipe, text, result, report)
+
+    monkeypatch.setattr(pipeline, "quantize", watched)
+    out = tmp_path / "model"
+    recipe = ["--recipe", "ast-2of4-int4", "--set", f"text.source={prose}", *FAST, *QUICKLY]
+    recipe += ["--set", "retraining.loop.learning_rate=1e-2", "--set", "retraining.ast.refresh_every=2"]
+    assert main([str(tiny_llama), "--out", str(out), *recipe]) == 0
+    checkpoint = Checkpoint.open(out)
+    for name, mask in retrained.items():
+        stored = make_format(packed_modules(checkpoint)[name]).unpack(checkpoint.module(name)) != 0
+        assert not bool((stored & ~mask).any())
+        assert float((stored & mask).sum() / mask.sum()) > 0.8  # the others round to zero
 
 
 def test_slorb_branch_is_stored_beside_the_sparse_weight(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:
