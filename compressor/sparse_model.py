@@ -70,7 +70,7 @@ class SparseModel:
 
     def mask_of(self, name: str) -> Tensor:
         """Where a linear's weight [O, I] may be other than zero as it is now: retraining moves masks."""
-        weight = weight_of(self.model.get_submodule(name)).detach()
+        weight = weight_of(self.model.get_submodule(name)).detach().contiguous()  # a Conv1D's is turned
         return weight != 0 if name in self.masks else torch.ones_like(weight, dtype=torch.bool)
 
     def snap_to_grid(self, name: str, weight: Tensor, scheme: Scheme) -> Transform:

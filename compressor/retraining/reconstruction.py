@@ -159,7 +159,7 @@ def _entries(
     adam = AdamSettings()
     sparse = {id(module.weight): name for name, module in linears.items()}
     entries = [
-        train_linear(name, module, masks[name].to(weight_of(module).device, copy=True), adam)
+        train_linear(name, module, masks[name].to(weight_of(module).device, copy=True).contiguous(), adam)
         for name, module in linears.items()
     ]
     for entry in entries:
