@@ -113,7 +113,7 @@ def train_classifier(folder: Any, tokenizer: Any, task: Task, arm: PstArm, epoch
     from compressor.retraining.task_objectives import LabelledSentences
 
     torch.manual_seed(arm.seed)  # of the head's first values
-    model, head = load_classifier(folder, task.labels, torch.bfloat16)
+    model, head, _ = load_classifier(folder, task.labels, torch.bfloat16)
     encoded = encode(tokenizer, task, task.train, LENGTH)
     return model, _train(model, LabelledSentences(encoded), block_linears(model), arm, Budget(epochs=epochs), head)  # type: ignore[arg-type]
 
@@ -160,7 +160,7 @@ def score_correlations(folder: Any, tokenizer: Any, task: Task, arm: PstArm, epo
     from compressor.retraining.task_objectives import LabelledSentences
 
     torch.manual_seed(0)
-    model, head = load_classifier(folder, task.labels, torch.bfloat16)
+    model, head, _ = load_classifier(folder, task.labels, torch.bfloat16)
     encoded = encode(tokenizer, task, task.train, LENGTH)
     _, loop, settings = settings_of(arm)
     what = TaskRun("pst", MaskShape(), None, settings, head)

@@ -140,20 +140,24 @@ def load_tokenizer(folder: Path) -> Any:
 
 def load_classifier(
     folder: Path, labels: Sequence[str], dtype: torch.dtype | None = None
-) -> tuple[Any, frozenset[str]]:
+) -> tuple[Any, frozenset[str], bool]:
     """A folder's model with a head for the classes of `labels`, or for one number where there are none.
 
     Returns:
-        The model, and the names of the parameters that the folder did not hold: the new head.
+        The model; the names of the head's parameters and of whatever else the folder did not hold; and whether it held
+        all of them: a model that is fine-tuned already.
     """
     from transformers import AutoModelForSequenceClassification
 
     with quiet_transformers():
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder, **_head_options(labels), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-        )
+            folder, **_head_options(labels), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head for other classes makes room for a new one
+        )  # fmt: skip
     model.config.architectures = [type(model).__name__]
-    return model, frozenset(report["missing_keys"])
+    head = {name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
+    new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    return model, frozenset(head | new), not new
 
 
 def _head_options(labels: Sequence[str]) -> dict[str, Any]:

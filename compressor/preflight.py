@@ -5,6 +5,7 @@ Runs before anything long: reads the configuration and shapes, never the weights
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import psutil
 import torch
@@ -26,7 +28,7 @@ from compressor.data import ACCEPTED, NAMED
 from compressor.formats import make_format
 from compressor.formats.low_rank import low_rank_spec
 from compressor.masks import MaskShape
-from compressor.models import block_linears, is_classifier, name_of, skeleton
+from compressor.models import block_linears, fetch_model, is_classifier, load_tokenizer, name_of, skeleton
 from compressor.quantizers import rtn
 from compressor.recipe import Recipe, check_given_task, parse_budget
 from compressor.retraining.loop import compute_dtype, training_device
@@ -115,7 +117,9 @@ def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) 
     schemes = linear_schemes(linears, recipe) | embedding_schemes(model, recipe)
     plan = _estimate(folder, model, schemes, mask_shapes(linears, recipe), recipe)
     if task is not None:
-        plan = replace(plan, task=task, seconds=_task_seconds(recipe, task, plan.parameters))
+        taught = check_teacher(folder, recipe, task)
+        seconds = _task_seconds(recipe, task, plan.parameters, taught=taught is not None)
+        plan = replace(plan, task=task, seconds=seconds, notes=(*plan.notes, *([taught] if taught else [])))
     if low_memory:
         calibration = _block_bytes(model, linears) if recipe.uses_text else 0
         plan = replace(plan, memory_bytes=int(_STREAMING_BYTES + plan.dense_bytes / 8) + calibration)
@@ -129,6 +133,42 @@ def read_task(recipe: Recipe) -> Task | None:
         return None
     task = load_task(recipe.task.name, recipe.task.source)
     return task.limited(recipe.task.train_examples, recipe.task.test_examples, recipe.seed)
+
+
+def check_teacher(folder: Path, recipe: Recipe, task: Task) -> str | None:
+    """What there is to know of the teacher that a task's model is distilled from; None where it has none.
+
+    Raises:
+        ValueError: a teacher that is not fine-tuned for the task, or reads other tokens.
+    """
+    assert recipe.task is not None and recipe.retraining is not None
+    name, labels = recipe.task.teacher, task.head_labels
+    if recipe.retraining.loop.kl_weight == 0:
+        if name is not None:
+            raise ValueError(f"task.teacher {name!r} given, and loop.kl_weight 0 leaves it out: leave out one of them")
+        return None
+    if name is None:
+        if labels is None or _classes(_config(folder)) != max(1, len(labels)):
+            return None
+        return "the model's head fits the task: if it knows the task, it is its own teacher (loop.kl_weight=0: none)"
+    teacher = fetch_model(name)
+    if labels is not None and (classes := _classes(_config(teacher))) != max(1, len(labels)):
+        has = f"a head for {classes} classes" if classes else "no head for classes"
+        raise ValueError(f"teacher {name} has {has}, the task has {len(labels)}: give one that is fine-tuned for it")
+    text = " ".join(example.text for example in task.train[:8])
+    if load_tokenizer(teacher)(text)["input_ids"] != load_tokenizer(folder)(text)["input_ids"]:
+        raise ValueError(f"teacher {name} reads other tokens than {folder}; give one that was made from the same model")
+    return f"the model is distilled from {name} (loop.kl_weight {recipe.retraining.loop.kl_weight:g})"
+
+
+def _classes(config: Mapping[str, Any]) -> int:
+    """Outputs of a classifier's head, as transformers counts them; 0 for another model."""
+    return len(config.get("id2label") or (0, 1)) if is_classifier(config.get("architectures")) else 0
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    return found
 
 
 def _check_text(recipe: Recipe) -> None:
@@ -264,8 +304,8 @@ def _seconds(recipe: Recipe, parameters: int) -> float | None:
     return seconds + operations * parameters / _training_rate(recipe)
 
 
-def _task_seconds(recipe: Recipe, task: Task, parameters: int) -> float | None:
-    """As `_seconds`, without a teacher, for examples as long as their words suggest."""
+def _task_seconds(recipe: Recipe, task: Task, parameters: int, *, taught: bool) -> float | None:
+    """As `_seconds`, for examples as long as their words suggest."""
     if recipe.retraining is None or recipe.task is None:
         return None
     budget = parse_budget(recipe.retraining.budget)
@@ -274,7 +314,8 @@ def _task_seconds(recipe: Recipe, task: Task, parameters: int) -> float | None:
     )
     tokens = min(recipe.task.length, math.ceil(_TOKENS_OF_A_WORD * words))
     budget = budget.resolved(len(task.train), tokens, recipe.retraining.loop.batch)
-    return budget.seconds if budget.tokens is None else budget.tokens * parameters * 6 / _training_rate(recipe)
+    operations = 8 if taught else 6
+    return budget.seconds if budget.tokens is None else budget.tokens * parameters * operations / _training_rate(recipe)
 
 
 def _training_rate(recipe: Recipe) -> float:

@@ -189,6 +189,9 @@ class TaskSection(_Section):
     """A packaged task, one of GLUE's, `e2e`, or `custom` for files of one's own."""
     source: TaskSource = TaskSource()
     """Where a task that is not packaged has its examples, and in which fields."""
+    teacher: str | None = None
+    """A dense model that is fine-tuned for the task and reads the same tokens; it is distilled by `loop.kl_weight` and
+    `loop.temperature`. Left out, a model that is fine-tuned for the task already is its own teacher."""
     length: int = Field(default=128, ge=8)
     """The most tokens of an example, its answer included."""
     train_examples: int | None = Field(default=None, ge=1)

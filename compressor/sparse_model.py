@@ -44,7 +44,7 @@ class SparseModel:
     model: Any
     stats: dict[str, LayerStats]
     masks: dict[str, Tensor]
-    """Those that the criterion chose, by linear; what was retrained may have others (`mask_of`)."""
+    """Those that the criterion chose, by linear. Retraining takes them over and moves them: see `mask_of`."""
     low_rank: dict[str, LowRankBranch] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
     """The scales that the last part of retraining saw; packing keeps them, so that what was trained is served."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,18 +15,20 @@ from torch import nn
 
 from compressor.calibration import weight_of
 from compressor.masks import TWO_OF_FOUR
-from compressor.models import block_linears, load_classifier, load_model, load_tokenizer
+from compressor.models import block_linears, fetch_model, load_classifier, load_model, load_tokenizer
 from compressor.preflight import Plan
 from compressor.recipe import Recipe, TaskSection, parse_budget
 from compressor.retraining.distribution import join
 from compressor.retraining.pst_layer import part_names
 from compressor.retraining.rows_and_heads import Structures
-from compressor.retraining.task_objectives import objective_for
+from compressor.retraining.task_objectives import Teacher, objective_for
 from compressor.retraining.task_training import FinetuningReport, TaskRun, finetune
 from compressor.sparse_model import Report, Result, SparseModel, watched, work_folder
 from compressor.tasks import Task
-from compressor.tasks.encoding import encode
-from compressor.tasks.evaluation import evaluate
+from compressor.tasks.encoding import Answers, Labelled, encode
+from compressor.tasks.evaluation import evaluate, predict
+
+_PROBED = 512  # training examples that tell whether a teacher knows the task
 
 
 def fine_tune(result: Result, recipe: Recipe, report: Report) -> SparseModel:
@@ -32,12 +37,14 @@ def fine_tune(result: Result, recipe: Recipe, report: Report) -> SparseModel:
     task = plan.task
     assert settings is not None and section is not None and task is not None
     tokenizer = load_tokenizer(plan.folder)
-    model, head = _load(plan, task)
+    model, head, fine_tuned = _load(plan.folder, task)
+    encoded = encode(tokenizer, task, task.train, section.length)
+    teacher = _teacher(recipe, task, model if fine_tuned else None, encoded, result)
     linears = {name: module for name, module in block_linears(model).items() if name in plan.schemes}
     sparse = SparseModel(model, {}, {})
     outcome = finetune(
         model,
-        objective_for(encode(tokenizer, task, task.train, section.length), section.label_smoothing),
+        objective_for(encoded, section.label_smoothing, teacher),
         _pruned(linears, plan, recipe),
         parse_budget(settings.budget),
         _task_run(linears, model, plan, recipe, head),
@@ -54,11 +61,41 @@ def fine_tune(result: Result, recipe: Recipe, report: Report) -> SparseModel:
     return sparse
 
 
-def _load(plan: Plan, task: Task) -> tuple[Any, frozenset[str]]:
-    """The model and the names of the parameters that the task brings: the head of a classifier."""
+def _load(folder: Path, task: Task) -> tuple[Any, frozenset[str], bool]:
+    """A model, the names of its head's parameters where the task brings one, and whether it came with that head."""
     if task.head_labels is None:
-        return load_model(plan.folder), frozenset()
-    return load_classifier(plan.folder, task.head_labels)
+        return load_model(folder), frozenset(), False
+    return load_classifier(folder, task.head_labels)
+
+
+def _teacher(
+    recipe: Recipe, task: Task, fine_tuned: Any | None, encoded: Labelled | Answers, result: Result
+) -> Teacher | None:
+    """The recipe's, or the dense model itself where it is fine-tuned for this very task already."""
+    assert recipe.retraining is not None and recipe.task is not None
+    loop, name = recipe.retraining.loop, recipe.task.teacher
+    if loop.kl_weight == 0 or (name is None and fine_tuned is None):
+        return None
+    model: Any = copy.deepcopy(fine_tuned) if name is None else _load(fetch_model(name), task)[0]
+    if isinstance(encoded, Labelled) and not _knows(model, encoded):
+        if name is not None:
+            raise ValueError(f"teacher {name} does no better than one answer to everything: it knows another task")
+        result.figures["teacher"] = "none: the model's own head knows another task"
+        return None
+    result.figures["teacher"] = name or "the model itself, dense"
+    return Teacher(model, loop.kl_weight, loop.temperature)
+
+
+def _knows(model: Any, encoded: Labelled) -> bool:
+    """Whether a model does clearly better on some training examples than the best single answer to all of them."""
+    count = min(_PROBED, len(encoded.ids))
+    types = None if encoded.types is None else encoded.types[:count]
+    some = replace(encoded, ids=encoded.ids[:count], types=types, labels=encoded.labels[:count])
+    answers, labels = torch.tensor(predict(model, some)), some.labels
+    if encoded.regression:
+        return bool((answers - labels).square().mean() < 0.9 * labels.var(correction=0))
+    missed = 1.0 - float(labels.bincount().max()) / count
+    return float((answers != labels).float().mean()) < 0.9 * missed
 
 
 def _pruned(linears: Mapping[str, nn.Module], plan: Plan, recipe: Recipe) -> dict[str, nn.Module]:

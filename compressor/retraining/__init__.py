@@ -95,7 +95,7 @@ def retrain(
 
     Args:
         objective: what is trained on, for example TextDistillation.
-        linears: the sparse linears by name; `masks` [O, I] under the same names.
+        linears: the sparse linears by name; `masks` [O, I] under the same names, which the run takes over and changes.
         validation: text blocks [n, L] that are only measured.
         work_dir: where snapshots and metrics.jsonl are kept, so that a killed run goes on; None keeps nothing.
         shapes: of the masks, by the same names; 2:4 where not named.

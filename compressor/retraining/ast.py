@@ -105,7 +105,7 @@ class Ast:
         self._detach: list[Callable[[], None]] = []
         for name, module in linears.items():
             self.shapes[name].check(masks[name])
-            mask = masks[name].to(weight_of(module).device, copy=True).contiguous()
+            mask = masks[name].to(weight_of(module).device).contiguous()
             if settings.low_rank is not None:
                 self._add_branch(name, module, mask, settings.low_rank, dtype)
             mask = own_part(name, mask, module, self.shapes[name])

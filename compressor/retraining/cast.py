@@ -72,9 +72,7 @@ class Cast:
         self.scales: dict[str, Trained] = {}
         for name, module in linears.items():
             self.shapes[name].check(masks[name])
-            mask = own_part(
-                name, masks[name].to(weight_of(module).device, copy=True).contiguous(), module, self.shapes[name]
-            )
+            mask = own_part(name, masks[name].to(weight_of(module).device).contiguous(), module, self.shapes[name])
             entry = train_linear(f"{name}.weight", module, mask, adam)
             entry.prunes = False
             if settings.row_parts:

@@ -3,12 +3,16 @@
 A batch is padded to its own longest example. A text to write is trained by next-token prediction on the answer alone,
 with label smoothing as GPT-2's data-to-text results have it; logits are formed for the answer's positions only.
 
+A teacher, a model that is fine-tuned for the task already, adds its answers: a * T^2 * KL(teacher || model) + (1 - a) *
+loss of the labels, over classes or over the words of an answer; of a number, its squared error to the teacher's.
+
 Shapes: B examples of a micro-batch, L tokens of the longest, T predicted tokens, K classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +23,35 @@ from compressor.retraining.distillation import Head, head_of, hidden_states
 from compressor.tasks.encoding import Answers, Labelled
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A dense model that is fine-tuned for the same task, by the same tokens.
+
+    Args:
+        kl_weight: a.
+        temperature: T, of classes and words.
+    """
+
+    model: nn.Module
+    kl_weight: float = 0.5
+    temperature: float = 1.0
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Frozen, where the student is and in its dtype."""
+        self.model.to(device, dtype).eval().requires_grad_(False)
+
+    def mixed(self, loss: Tensor, logits_TK: Tensor, taught_TK: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The loss of the labels with the teacher's part, and that part for watching."""
+        student, teacher = (F.log_softmax(x.float() / self.temperature, -1) for x in (logits_TK, taught_TK))
+        kl = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+        return torch.lerp(loss, kl * self.temperature**2, self.kl_weight), {"kl": float(kl.detach())}
+
+
 class LabelledSentences:
     """Cross-entropy over classes, or squared error of a number."""
 
-    def __init__(self, encoded: Labelled) -> None:
-        self.encoded = encoded
+    def __init__(self, encoded: Labelled, teacher: Teacher | None = None) -> None:
+        self.encoded, self.teacher = encoded, teacher
 
     @property
     def count(self) -> int:
@@ -38,10 +66,11 @@ class LabelledSentences:
         return [len(row) for row in self.encoded.ids]
 
     def identity(self) -> Iterable[Tensor]:
-        return (*_ragged(self.encoded.ids), self.encoded.labels)
+        return (*_ragged(self.encoded.ids), self.encoded.labels, *_weights_of(self.teacher))
 
     def prepare(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Nothing beside the model runs."""
+        if self.teacher is not None:
+            self.teacher.prepare(next(model.parameters()).device, dtype)
 
     def backward(self, model: nn.Module, examples: Tensor, weight: float) -> dict[str, float]:
         device = next(model.parameters()).device
@@ -54,6 +83,14 @@ class LabelledSentences:
         else:
             loss = F.cross_entropy(logits_BK, labels)
             metrics = {"accuracy": float((logits_BK.argmax(-1) == labels).float().mean())}
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught_BK = self.teacher.model(**batch).logits.float()
+            if self.encoded.regression:
+                loss = torch.lerp(loss, F.mse_loss(logits_BK, taught_BK), self.teacher.kl_weight)
+            else:
+                loss, more = self.teacher.mixed(loss, logits_BK, taught_BK)
+                metrics |= more
         if bool(torch.isfinite(loss)):
             (loss * weight).backward()
         return {"total": float(loss.detach()), **metrics}
@@ -62,11 +99,12 @@ class LabelledSentences:
 class WrittenAnswers:
     """Next-token prediction of the answers to prompts."""
 
-    def __init__(self, encoded: Answers, label_smoothing: float = 0.1) -> None:
+    def __init__(self, encoded: Answers, label_smoothing: float = 0.1, teacher: Teacher | None = None) -> None:
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing {label_smoothing} given; it must lie in [0, 1)")
-        self.encoded, self.label_smoothing = encoded, label_smoothing
+        self.encoded, self.label_smoothing, self.teacher = encoded, label_smoothing, teacher
         self._head: Head | None = None
+        self._taught: Head | None = None
 
     @property
     def count(self) -> int:
@@ -81,10 +119,13 @@ class WrittenAnswers:
         return [len(start) + len(end) for start, end in zip(self.encoded.prompts, self.encoded.targets, strict=True)]
 
     def identity(self) -> Iterable[Tensor]:
-        return (*_ragged(self.encoded.prompts), *_ragged(self.encoded.targets))
+        return (*_ragged(self.encoded.prompts), *_ragged(self.encoded.targets), *_weights_of(self.teacher))
 
     def prepare(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._head = head_of(model)
+        if self.teacher is not None:
+            self.teacher.prepare(next(model.parameters()).device, dtype)
+            self._taught = head_of(self.teacher.model)
 
     def backward(self, model: nn.Module, examples: Tensor, weight: float) -> dict[str, float]:
         if self._head is None:
@@ -94,12 +135,17 @@ class WrittenAnswers:
         hidden_TH = hidden_states(model, ids_BL)[:, :-1][answers_BL[:, 1:]]
         logits = self._head(hidden_TH).float()
         labels_T = ids_BL[:, 1:][answers_BL[:, 1:]]
-        loss = F.cross_entropy(logits, labels_T, label_smoothing=self.label_smoothing)
+        loss, metrics = F.cross_entropy(logits, labels_T, label_smoothing=self.label_smoothing), dict[str, float]()
+        if self.teacher is not None and self._taught is not None:
+            with torch.no_grad():
+                taught_TH = hidden_states(self.teacher.model, ids_BL)[:, :-1][answers_BL[:, 1:]]
+                taught = self._taught(taught_TH)
+            loss, metrics = self.teacher.mixed(loss, logits, taught)
         if bool(torch.isfinite(loss)):
             (loss * weight).backward()
         with torch.no_grad():
             plain = F.cross_entropy(logits, labels_T)
-        return {"total": float(loss.detach()), "ce": float(plain)}
+        return {"total": float(loss.detach()), "ce": float(plain), **metrics}
 
 
 def _ragged(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -107,8 +153,12 @@ def _ragged(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return torch.tensor([token for row in rows for token in row]), torch.tensor([len(row) for row in rows])
 
 
-def objective_for(encoded: Labelled | Answers, label_smoothing: float) -> Any:
+def _weights_of(teacher: Teacher | None) -> Iterable[Tensor]:
+    return () if teacher is None else teacher.model.state_dict().values()
+
+
+def objective_for(encoded: Labelled | Answers, label_smoothing: float, teacher: Teacher | None = None) -> Any:
     """The objective of a task's encoded examples."""
     if isinstance(encoded, Labelled):
-        return LabelledSentences(encoded)
-    return WrittenAnswers(encoded, label_smoothing)
+        return LabelledSentences(encoded, teacher)
+    return WrittenAnswers(encoded, label_smoothing, teacher)

@@ -1,6 +1,7 @@
 """PST: its gradients against autograd's, what trains and what does not, its masks, and how it goes on."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from compressor.retraining.rollback import DivergedError
 from compressor.retraining.rows_and_heads import Structures
 from compressor.retraining.schedules import Budget
 from compressor.retraining.task_methods import METHODS
-from compressor.retraining.task_objectives import LabelledSentences, WrittenAnswers
+from compressor.retraining.task_objectives import LabelledSentences, Teacher, WrittenAnswers
 from compressor.retraining.task_training import TaskRun, finetune, sizes, start
 from compressor.tasks.encoding import Answers, Labelled
 
@@ -297,6 +298,54 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
 
     with pytest.raises(DivergedError, match="step 0"):
         run(objective=Broken(sentences()))
+
+
+@pytest.mark.parametrize("build", [bert, gpt2])
+def test_a_teacher_is_followed(build: Any) -> None:
+    """At weight 1 the labels say nothing, and the model comes to answer as its teacher does."""
+    torch.manual_seed(1)
+    encoded = objective_of(build).encoded
+    teacher = build()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(torch.where(torch.rand_like(parameter) < 0.2, -1.0, 1.0))
+        if build is bert:
+            teacher.classifier.weight.mul_(-10.0)  # what it says is to differ from class to class
+    make = LabelledSentences if build is bert else partial(WrittenAnswers, label_smoothing=0.0)
+    kl: list[float] = []
+    run(
+        build, objective=make(encoded, teacher=Teacher(teacher, 1.0, 2.0)), budget=Budget(tokens=60 * 8 * 16),
+        progress=lambda step, total, metrics: kl.append(metrics["kl"]),
+    )  # fmt: skip
+    assert sum(kl[-10:]) < 0.6 * 10 * kl[0]
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_the_loss_with_a_teacher_is_the_stated_one() -> None:
+    encoded, student, teacher = sentences(), bert(), bert()
+    torch.manual_seed(3)
+    torch.nn.init.normal_(teacher.classifier.weight)
+    objective = LabelledSentences(encoded, Teacher(teacher, 0.25, 2.0))
+    objective.prepare(student, torch.float32)
+    found = objective.backward(student.eval(), torch.arange(8), 1.0)
+    with torch.no_grad():
+        logits, taught = (model(**encoded.batch(range(8))).logits for model in (student, teacher.eval()))
+    p = (taught / 2).softmax(-1)
+    kl = 4 * (p * (p.log() - (logits / 2).log_softmax(-1))).sum(-1).mean()
+    ce = torch.nn.functional.cross_entropy(logits, encoded.labels[:8])
+    assert found["kl"] == pytest.approx(float(kl) / 4, rel=1e-4)
+    assert found["total"] == pytest.approx(float(0.25 * kl + 0.75 * ce), rel=1e-4)
+
+
+def test_norms_and_biases_train_where_that_is_wanted() -> None:
+    small = PstSettings(weight_rank=4, score_rank=4, refresh_every=4, norms_and_biases=True)
+    before = {name: tensor.clone() for name, tensor in bert().state_dict().items()}
+    model, report = run(bert, settings=small)
+    _, frozen = run(bert)
+    vectors = [name for name, p in model.named_parameters() if p.dim() == 1]
+    assert sum(not torch.equal(model.state_dict()[name], before[name]) for name in vectors) > 0.9 * len(vectors)
+    more = sum(before[name].numel() for name in vectors if not name.startswith("classifier"))
+    assert report.trained_parameters == frozen.trained_parameters + more
 
 
 def test_regression_learns_a_number() -> None:

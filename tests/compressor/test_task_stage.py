@@ -140,6 +140,57 @@ def test_what_was_trained_on_the_grid_is_what_is_packed(encoder: Path, reviews: 
         check_n_m(make_format(scheme).unpack(Checkpoint.open(out).module(name)))
 
 
+@pytest.fixture(scope="module")
+def dense_classifier(tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is fine-tuned for the task, as others publish them."""
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    export_checkpoint(tuned, "dense", folder, allow_lossy=True)
+    return folder
+
+
+def teacher_of(out: Path) -> str | None:
+    found = re.search(r"\| teacher \| (.*) \|", (out / "README.md").read_text())
+    return found and found[1]
+
+
+def test_a_fine_tuned_model_is_its_own_teacher(dense_classifier: Path, reviews: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    assert main(arguments(dense_classifier, reviews, out, "retraining.budget=1 epochs")) == 0
+    assert teacher_of(out) == "the model itself, dense"
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["kl"] > -1e-6 for line in metrics)
+
+
+def test_a_head_of_another_task_teaches_nothing(dense_classifier: Path, reviews: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(dense_classifier)
+    torch.nn.init.zeros_(model.classifier.weight)
+    other, out = tmp_path / "other", tmp_path / "model"
+    model.save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    assert main(arguments(other, reviews, out, "retraining.budget=1 epochs")) == 0
+    assert teacher_of(out) == "none: the model's own head knows another task"
+    assert "kl" not in (out / "metrics.jsonl").read_text()
+
+
+def test_a_teacher_is_checked(
+    encoder: Path, dense_classifier: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model"
+
+    def refused(teacher: Path, *settings: str) -> str:
+        assert main([*arguments(encoder, reviews, out, f"task.teacher={teacher}", *settings), "--dry-run"]) == 1
+        return capsys.readouterr().err
+
+    assert "has no head for classes" in refused(encoder)
+    assert "is not known" in refused(tmp_path / "nowhere")
+    assert "leave out one of them" in refused(dense_classifier, "retraining.loop.kl_weight=0")
+    wanted = (f"task.teacher={dense_classifier}", "retraining.budget=1 epochs")
+    assert main(arguments(encoder, reviews, out, *wanted)) == 0
+    assert teacher_of(out) == str(dense_classifier)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_texts_are_written(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(f"tiny_{family}")
