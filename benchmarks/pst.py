@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
@@ -20,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pst_arms import METHODS, PATTERNS, SCORES, PstArm, arms, as_chosen, grid
+from benchmarks.pst_arms import DISTILLED, METHODS, PATTERNS, SCORES, PstArm, arms, as_chosen, grid
 from benchmarks.record import make_record, parser, recorded_rows, take_in_recorded, write_record
 
 _DRAWS = 10_000
 _QUICK_EXAMPLES = 256
 _WRITING_EXAMPLES = 2000
+_KNOWN = (*METHODS, DISTILLED, *SCORES)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     flags.add_argument("--encoder", default="pypi:all-minilm-l6-v2", help="BERT-like encoder (default: %(default)s)")
     flags.add_argument("--model", default="pypi:smollm2-135m-instruct", help="language model (default: %(default)s)")
     flags.add_argument("--patterns", default=",".join(PATTERNS), help="mask shapes (default: %(default)s)")
-    flags.add_argument("--methods", default=",".join((*METHODS, *SCORES)), help="only these (default: %(default)s)")
+    flags.add_argument("--methods", default=",".join(_KNOWN), help="only these (default: %(default)s)")
     flags.add_argument("--seeds", type=int, default=3, help="runs of each arm (default: %(default)s)")
     flags.add_argument("--examples", type=int, help="sentences to train on (default: all 8.0k)")
     flags.add_argument("--jobs", type=int, default=1, help="rows made side by side: more than 1 on a GPU")
@@ -55,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
     _check(options)
     for jobs in _wanted(options):  # the grid first: it decides on what follows
         missing = [(kind, arm) for label, kind, arm in jobs if label not in {row["arm"] for row in rows}]
-        for row in _made(options, [(kind, arm and as_chosen(arm, rows)) for kind, arm in missing]):
+        dense = as_chosen(PstArm("dense", "none", 0), rows)
+        for row in _made(options, [(kind, arm and as_chosen(arm, rows)) for kind, arm in missing], dense):
             rows.append(row)
             print(_sentence(row), flush=True)
             _write(options, argv, rows)
@@ -78,8 +81,8 @@ def _write(options: Any, argv: Sequence[str], rows: list[dict[str, Any]]) -> Non
 
 def _check(options: Any) -> None:
     for name in options.methods.split(","):
-        if name not in (*METHODS, *SCORES):
-            raise ValueError(f"no method {name!r}; accepted: {', '.join((*METHODS, *SCORES))}")
+        if name not in _KNOWN:
+            raise ValueError(f"no method {name!r}; accepted: {', '.join(_KNOWN)}")
 
 
 Job = tuple[str, str, "PstArm | None"]
@@ -103,16 +106,16 @@ def _wanted(options: Any) -> list[list[Job]]:
     return [[(arm.tried, "validate", arm) for arm in tried], jobs]
 
 
-def _made(options: Any, jobs: Sequence[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+def _made(options: Any, jobs: Sequence[tuple[str, Any]], dense: PstArm) -> Iterator[dict[str, Any]]:
     """The rows of some jobs as they are made, `--jobs` at a time."""
     if options.jobs == 1:
         for kind, arm in jobs:
             if _late(options):
                 return
-            yield _row(options, kind, arm)
+            yield _row(options, kind, arm, dense)
         return
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_row, options, kind, arm) for kind, arm in jobs]):
+        for future in as_completed([pool.submit(_row, options, kind, arm, dense) for kind, arm in jobs]):
             yield future.result()
             if _late(options):
                 pool.shutdown(cancel_futures=True)
@@ -126,10 +129,10 @@ def _late(options: Any) -> bool:
     return late
 
 
-def _row(options: Any, kind: str, arm: PstArm | None) -> dict[str, Any]:
+def _row(options: Any, kind: str, arm: PstArm | None, dense: PstArm) -> dict[str, Any]:
     from benchmarks.pst_cost import memory_row, time_row
 
-    bench = Bench(options)
+    bench = Bench(options, dense)
     makers: dict[str, Callable[[Any], dict[str, Any]]] = {
         "validate": bench.validate, "classify": bench.classify, "write": bench.write, "correlation": bench.correlation,
         "memory": lambda _: memory_row(), "time": lambda _: time_row(),
@@ -138,10 +141,10 @@ def _row(options: Any, kind: str, arm: PstArm | None) -> dict[str, Any]:
 
 
 class Bench:
-    """Encoder, language model and tasks, each loaded when it is needed."""
+    """Encoder, language model and tasks, each loaded when it is needed; `dense` has the rate of dense fine-tuning."""
 
-    def __init__(self, options: Any) -> None:
-        self.options = options
+    def __init__(self, options: Any, dense: PstArm) -> None:
+        self.options, self.dense = options, dense
 
     def _prepared(self, model: str, task: str, test: int | None, train: int | None = None) -> tuple[Path, Any, Any]:
         from compressor.models import fetch_model, load_tokenizer
@@ -178,7 +181,8 @@ class Bench:
         from compressor.tasks.evaluation import predict
 
         folder, tokenizer, task = self._prepared(self.options.encoder, "rotten-tomatoes", self.options.test)
-        model, cost = train_classifier(folder, tokenizer, task, arm, self.options.epochs)
+        dense = replace(self.dense, seed=arm.seed) if arm.method == DISTILLED else None
+        model, cost = train_classifier(folder, tokenizer, task, arm, self.options.epochs, dense=dense)
         model.to(training_device())
         encoded = encode_labelled(tokenizer, getattr(task, split), LENGTH, regression=False)
         right = np.array(predict(model, encoded)) == encoded.labels.numpy()
@@ -256,8 +260,9 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     found = [points for pattern in PATTERNS if (points := comparison(rows, "pst", "movement", pattern))]
     if found:
         result["pst_vs_movement_accuracy_points"] = min(points[0] for points in found)
-    if dense := comparison(rows, "pst", "dense", "2:4"):
-        result["pst24_vs_dense_accuracy_points"] = dense[0]
+    for key, method in (("pst24", DISTILLED), ("pst24_from_the_encoder", "pst")):
+        if dense := comparison(rows, method, "dense", "2:4"):
+            result[f"{key}_vs_dense_accuracy_points"] = dense[0]
     classified = {row["method"]: row for row in rows if "right" in row}
     if classified.keys() >= {"pst", "movement"}:
         for key in ("trained_parameters", "optimizer_bytes"):

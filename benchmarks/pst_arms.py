@@ -6,6 +6,7 @@ too; batch, epochs, schedule and examples are everybody's. A record's grid decid
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,9 @@ RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 _SCORE_RATES, _RANKS = (0.1, 1.0), (8, 64)
 _HEAD_RATE = 5.0
 METHODS = ("dense", "movement", "pst", "magnitude", "lora-magnitude")
+# PST on the model that dense fine-tuning made, which is its teacher too: `compress FINE_TUNED --recipe pst-...`.
+DISTILLED = "pst from the fine-tuned model"
+_DISTILLATION = (0.5, 2.0)  # weight of the teacher's answers, temperature
 _LOW_RANK = ("pst", "lora-magnitude")
 # The ablation: PST's score without one or both of its learned terms.
 SCORES = {"pst |W'|": ("magnitude",), "pst |W'| + AB": ("magnitude", "low_rank")}
@@ -41,7 +45,7 @@ SCORES = {"pst |W'|": ("magnitude",), "pst |W'| + AB": ("magnitude", "low_rank")
 
 @dataclass(frozen=True)
 class PstArm:
-    """One row: `method` is one of METHODS or of SCORES; the pattern of `dense` says nothing.
+    """One row: `method` is one of METHODS or of SCORES, or DISTILLED; the pattern of `dense` says nothing.
 
     Args:
         rate: of the weights, or of U V.
@@ -73,8 +77,9 @@ def arms(patterns: tuple[str, ...], seeds: int, *, ablation: bool) -> Iterator[P
     yield from (PstArm("dense", "none", seed) for seed in range(seeds))
     for pattern in patterns:
         scores = SCORES if ablation and pattern == "2:4" else ()
+        distilled = (DISTILLED,) if pattern == "2:4" else ()
         for seed in range(seeds):
-            yield from (PstArm(method, pattern, seed) for method in ("pst", "movement", *scores))
+            yield from (PstArm(method, pattern, seed) for method in ("pst", *distilled, "movement", *scores))
     for pattern in patterns:
         for seed in range(seeds):
             yield from (PstArm(method, pattern, seed) for method in ("magnitude", "lora-magnitude"))
@@ -91,7 +96,7 @@ def grid() -> Iterator[PstArm]:
 
 def as_chosen(arm: PstArm, rows: Sequence[Mapping[str, Any]]) -> PstArm:
     """The arm with the settings that were best for its method in a record's grid, if it has one."""
-    method = "pst" if arm.method in SCORES else arm.method
+    method = "pst" if arm.method in (*SCORES, DISTILLED) else arm.method
     tried = [row for row in rows if row.get("kind") == "grid" and row["method"] == method]
     if not tried:
         return arm
@@ -103,19 +108,26 @@ def settings_of(arm: PstArm) -> tuple[str, LoopSettings, PstSettings]:
     """The method's name in the package, its loop and its settings."""
     score = SCORES.get(arm.method, TERMS)
     settings = PstSettings(weight_rank=arm.rank, score=score, score_rate=arm.score_rate, head_rate=_HEAD_RATE)
-    return "pst" if arm.method in SCORES else arm.method, replace(_LOOP, learning_rate=arm.rate), settings
+    method = "pst" if arm.method in (*SCORES, DISTILLED) else arm.method
+    return method, replace(_LOOP, learning_rate=arm.rate), settings
 
 
-def train_classifier(folder: Any, tokenizer: Any, task: Task, arm: PstArm, epochs: float) -> tuple[Any, dict[str, Any]]:
-    """The fine-tuned model, and what its training cost."""
+def train_classifier(
+    folder: Any, tokenizer: Any, task: Task, arm: PstArm, epochs: float, *, dense: PstArm | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The fine-tuned model, and what its training cost, but for that of the `dense` arm from which it starts."""
     from compressor.models import block_linears, load_classifier
     from compressor.retraining import Budget
-    from compressor.retraining.task_objectives import LabelledSentences
+    from compressor.retraining.task_objectives import LabelledSentences, Teacher
 
     torch.manual_seed(arm.seed)  # of the head's first values
     model, head, _ = load_classifier(folder, task.labels, torch.bfloat16)
-    encoded = encode(tokenizer, task, task.train, LENGTH)
-    return model, _train(model, LabelledSentences(encoded), block_linears(model), arm, Budget(epochs=epochs), head)  # type: ignore[arg-type]
+    encoded, teacher = encode(tokenizer, task, task.train, LENGTH), None
+    if dense is not None:
+        model, _ = train_classifier(folder, tokenizer, task, dense, epochs)
+        teacher = Teacher(copy.deepcopy(model), *_DISTILLATION)
+    objective = LabelledSentences(encoded, teacher)  # type: ignore[arg-type]
+    return model, _train(model, objective, block_linears(model), arm, Budget(epochs=epochs), head)
 
 
 def train_writer(

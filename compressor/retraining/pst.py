@@ -38,7 +38,6 @@ class PstSettings:
         score: terms of the score, of `magnitude`, `low_rank`, `rows_columns`.
         straight_through: whether |W'| in the score passes a gradient on to U V.
         score_rate, head_rate: learning rates of the score's matrices and of the task's head, times the loop's.
-        norms_and_biases: whether these train too, at the head's rate; the paper freezes them.
         schedule_start, schedule_end: shares of the budget before the sparsity grows, and after.
         initial_sparsity: at the start.
         refresh_every: steps between masks.
@@ -53,7 +52,6 @@ class PstSettings:
     straight_through: bool = True
     score_rate: float = 1.0
     head_rate: float = 1.0
-    norms_and_biases: bool = False
     schedule_start: float = 0.1
     schedule_end: float = 0.3
     initial_sparsity: float = 0.0

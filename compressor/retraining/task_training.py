@@ -169,8 +169,7 @@ def _trainer(
     if what.method not in ("pst", "lora-magnitude"):
         return FullTraining(what.method, linears, others, what.shape, what.settings, adam, head=what.head, snap=snap)
     settings = what.settings if what.method == "pst" else lora_settings(what.settings)
-    small = settings.norms_and_biases
-    head = {name: p for name, p in others.items() if name in what.head or (small and p.dim() == 1)}
+    head = {name: parameter for name, parameter in others.items() if name in what.head}
     return Pst(linears, head, what.shape, settings, adam, structures=what.structures, seed=loop.seed, snap=snap)
 
 

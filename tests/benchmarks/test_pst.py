@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.pst import comparison, headline, main, paired_interval
-from benchmarks.pst_arms import METHODS, RATES, SCORES, PstArm, arms, as_chosen, grid, settings_of
+from benchmarks.pst_arms import DISTILLED, METHODS, RATES, SCORES, PstArm, arms, as_chosen, grid, settings_of
 from benchmarks.pst_cost import trainable_share
 from benchmarks.record import take_in_recorded
 
@@ -30,7 +30,7 @@ def answers(share: float, seed: int) -> np.ndarray:
 
 def test_arms_stand_once_and_have_settings() -> None:
     found = list(arms(("2:4", "90%"), 3, ablation=True))
-    assert len({arm.label for arm in found}) == len(found) == 3 * (1 + 2 * 4 + len(SCORES))
+    assert len({arm.label for arm in found}) == len(found) == 3 * (1 + 2 * 4 + 1 + len(SCORES))
     for arm in found:
         method, loop, settings = settings_of(arm)
         assert loop.learning_rate > 0
@@ -59,7 +59,9 @@ def test_an_arm_takes_what_was_best_in_the_grid_of_its_method() -> None:
 
     rows = [tried("pst", 1e-3, 0.7), tried("pst", 3e-3, 0.8), tried("movement", 1e-4, 0.95)]
     assert as_chosen(PstArm("pst", "90%", 2), rows) == PstArm("pst", "90%", 2, 3e-3, 0.1, 64)
-    assert as_chosen(PstArm("pst |W'|", "2:4", 0), rows).rate == 3e-3
+    assert (
+        as_chosen(PstArm("pst |W'|", "2:4", 0), rows).rate == as_chosen(PstArm(DISTILLED, "2:4", 0), rows).rate == 3e-3
+    )
     assert as_chosen(PstArm("magnitude", "2:4", 0), rows) == PstArm("magnitude", "2:4", 0)
 
 
@@ -78,9 +80,13 @@ def test_an_interval_holds_the_difference_and_narrows_where_both_err_alike() -> 
 def test_headline_takes_the_worst_mask_shape_against_movement() -> None:
     cost = {"trained_parameters": 10, "optimizer_bytes": 100}
     full = {"trained_parameters": 100, "optimizer_bytes": 900}
+    dense = answers(0.82, 3)
+    better = dense.copy()
+    better[np.flatnonzero(~dense)[:8]] = True  # two points of 400
     rows = [
-        row("dense", "none", 0, answers(0.82, 3), **full),
+        row("dense", "none", 0, dense, **full),
         row("pst", "2:4", 0, answers(0.80, 4), **cost),
+        row(DISTILLED, "2:4", 0, better, **cost),
         row("movement", "2:4", 0, answers(0.70, 5), **full),
         row("pst", "90%", 0, answers(0.60, 6), **cost),
         row("movement", "90%", 0, answers(0.65, 7), **full),
@@ -92,7 +98,8 @@ def test_headline_takes_the_worst_mask_shape_against_movement() -> None:
     against = comparison(rows, "pst", "movement", "90%")
     assert against is not None
     assert found["pst_vs_movement_accuracy_points"] == against[0] < 0
-    assert -8 < found["pst24_vs_dense_accuracy_points"] < 4
+    assert -8 < found["pst24_from_the_encoder_vs_dense_accuracy_points"] < 4
+    assert found["pst24_vs_dense_accuracy_points"] == pytest.approx(2.0)
     assert found["trained_parameters_vs_movement"] == pytest.approx(0.1)
     assert found["score_rank_correlation"] == 0.5
 
