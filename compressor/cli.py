@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ncompress: interrupted. The same command goes on where it stopped.", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, ArithmeticError) as error:  # the last: training diverged
         if debug:
             raise
         print(f"compress: {error}", file=sys.stderr)

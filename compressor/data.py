@@ -29,6 +29,7 @@ _GRAM = 13
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
+    bos_token_id: int | None
     eos_token_id: int | None
 
     def __call__(self, text: list[str], **options: Any) -> Any: ...
@@ -78,14 +79,23 @@ def load_text(
     documents, licence = _documents(source, field, split, max_tokens)
     random.Random(seed).shuffle(documents)
     ids, used = _tokenize(documents, tokenizer, max_tokens)
-    count = len(ids) // length
+    opening = opening_of(tokenizer)
+    inside = length - len(opening)
+    count = len(ids) // inside
     if count == 0:
         raise ValueError(
             f"text {source!r} has {len(ids)} tokens; a block takes {length}: give more text or a shorter length"
         )
-    blocks = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+    blocks = torch.tensor(ids[: count * inside], dtype=torch.int64).view(count, inside)
+    blocks = torch.cat([torch.tensor([opening] * count, dtype=torch.int64).view(count, -1), blocks], dim=1)
     digest = hashlib.sha256("\0".join(documents[:used]).encode()).hexdigest()
     return TextBlocks(blocks, TextReport(source, used, blocks.numel(), digest, licence))
+
+
+def opening_of(tokenizer: Tokenizer) -> list[int]:
+    """The token that the tokenizer opens every text with, if it does: models such as Gemma are lost without it."""
+    first = tokenizer(["a"])["input_ids"][0][:1]
+    return first if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
 
 
 def _tokenize(documents: list[str], tokenizer: Tokenizer, max_tokens: int | None) -> tuple[list[int], int]:

@@ -5,7 +5,8 @@
 With X fixed, `X x` is a segment sum of the activation and X is never stored. S starts as the mean, over the k
 positions of a segment, of what pruning took away, so every segment sum of W survives; where X is trained, both may
 start from the best rank-R approximation of what pruning took away instead (`svd`). S X cannot be folded into a 2:4
-weight.
+weight. Where the kept weights make up for the pruned ones already (SparseGPT, rebuilt blocks) nothing is left under the
+mask: S then starts at zero, for giving it back twice would undo that, and X as segment sums.
 
 Shapes: O out_features, I in_features, k segment, R = I / k.
 """
@@ -23,8 +24,9 @@ def initial_branch(weight_OI: Tensor, mask_OI: Tensor, segment: int, init: str =
     """S [O, R] and X [R, I] in fp32."""
     s = initial_s(weight_OI, mask_OI, segment, "zero" if init == "svd" else init)
     x = segment_matrix(weight_OI.shape[1], segment).to(s.device)
-    if init == "svd":
-        _start_from_svd(s, x, torch.where(mask_OI, 0.0, weight_OI.to(torch.float32)))
+    pruned = torch.where(mask_OI, 0.0, weight_OI.to(torch.float32))
+    if init == "svd" and pruned.any():  # two factors of zero would never learn
+        _start_from_svd(s, x, pruned)
     return s, x
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,29 @@ def load_classifier(
         )  # fmt: skip
     model.config.architectures = [type(model).__name__]
     head = {name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
-    new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    _order_classes(model, folder, head, labels)
+    other = {name for name, *_ in report["mismatched_keys"]}
+    if not other <= head:
+        raise ValueError(
+            f"{folder}: {min(other - head)} has another shape than config.json says; the folder is damaged"
+        )
+    new = {*report["missing_keys"], *other}
     return model, frozenset(head | new), not new
+
+
+@torch.no_grad()
+def _order_classes(model: Any, folder: Path, head: Iterable[str], labels: Sequence[str]) -> None:
+    """Where the folder names the same classes in another order, its head's rows are put into that of `labels`."""
+    named = json.loads((folder / "config.json").read_text("utf-8")).get("id2label") or {}
+    theirs = [str(named[key]).casefold() for key in sorted(named, key=int)]
+    ours = [label.casefold() for label in labels]
+    if theirs == ours or sorted(theirs) != sorted(ours) or len(set(ours)) < len(ours):
+        return
+    rows = [theirs.index(label) for label in ours]
+    for name in head:
+        parameter = model.get_parameter(name)
+        if len(parameter) == len(rows):
+            parameter.copy_(parameter[rows].clone())
 
 
 def _head_options(labels: Sequence[str]) -> dict[str, Any]:

@@ -155,6 +155,9 @@ def check_teacher(folder: Path, recipe: Recipe, task: Task) -> str | None:
     if labels is not None and (classes := _classes(_config(teacher))) != max(1, len(labels)):
         has = f"a head for {classes} classes" if classes else "no head for classes"
         raise ValueError(f"teacher {name} has {has}, the task has {len(labels)}: give one that is fine-tuned for it")
+    sizes = [_config(where).get("vocab_size") for where in (teacher, folder)]
+    if labels is None and sizes[0] != sizes[1]:
+        raise ValueError(f"teacher {name} has a vocabulary of {sizes[0]}, {folder} one of {sizes[1]}; they must agree")
     text = " ".join(example.text for example in task.train[:8])
     if load_tokenizer(teacher)(text)["input_ids"] != load_tokenizer(folder)(text)["input_ids"]:
         raise ValueError(f"teacher {name} reads other tokens than {folder}; give one that was made from the same model")
@@ -242,10 +245,13 @@ def _estimate(
     packed += (parameters - packed_weights) * 2
     dense_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     trained = recipe.retraining is not None
+    small = recipe.retraining is not None and recipe.retraining.method in ("pst", "lora-magnitude")
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     # Trained: fp32 weight, gradient, two moments, a bf16 teacher; logits come in chunks. Else: fp32 weights.
-    memory = parameters * (4 * 4 + 2 + 2 if trained else 6) + 2048 * vocabulary * 4 * (3 if trained else 0) + 5e8
-    disk = packed * 1.1 + (parameters * 13 * 3 if trained else 0)
+    # Where only small matrices train: the frozen weight and what the forward sees of it, the mask, a teacher.
+    state, kept = (3 * compute_dtype("auto", training_device()).itemsize + 1, 1.5) if small else (4 * 4 + 2 + 2, 13)
+    memory = parameters * (state if trained else 6) + 2048 * vocabulary * 4 * (3 if trained else 0) + 5e8
+    disk = packed * 1.1 + (parameters * kept * 3 if trained else 0)
     notes = []
     model_type = str(model.config.model_type)  # type: ignore[union-attr]
     if model_type not in SERVED and not (model_type in ENCODERS and is_classifier(model.config.architectures)):  # type: ignore[union-attr, arg-type]

@@ -236,6 +236,10 @@ class Quantization(_Section):
         return _check_name(self, "quantizer", self.quantizer, list(QUANTIZERS))
 
 
+# Of the loop's settings those that a task's examples have no use for.
+_OF_TEXT = ("train", "distill", "hidden_weight", "teacher_cache")
+
+
 class Recipe(_Section):
     """One compression, from the starting mask to the stored form."""
 
@@ -279,6 +283,10 @@ class Recipe(_Section):
                 f"task {self.task.name!r} given, but retraining.method is {method!r}; methods that fine-tune for a "
                 f"task: {', '.join(TASK_METHODS)} (recipes pst-...)"
             )
+        assert self.retraining is not None
+        silent = [key for key in _OF_TEXT if getattr(self.retraining.loop, key) != getattr(LoopSettings(), key)]
+        if silent:
+            raise ValueError(f"retraining.loop.{silent[0]} says something of training on text only; leave it out")
         self._check_pruned_for_task(str(method))
         settings = self.quantization
         rebuilt = self.reconstruction is not None or settings.reconstruction is not None

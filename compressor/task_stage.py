@@ -39,6 +39,8 @@ def fine_tune(result: Result, recipe: Recipe, report: Report) -> SparseModel:
     tokenizer = load_tokenizer(plan.folder)
     model, head, fine_tuned = _load(plan.folder, task)
     encoded = encode(tokenizer, task, task.train, section.length)
+    if isinstance(encoded, Labelled):
+        model.config.pad_token_id = encoded.padding  # where decoders look for a text's end
     teacher = _teacher(recipe, task, model if fine_tuned else None, encoded, result)
     linears = {name: module for name, module in block_linears(model).items() if name in plan.schemes}
     sparse = SparseModel(model, {}, {})
@@ -77,6 +79,8 @@ def _teacher(
     if loop.kl_weight == 0 or (name is None and fine_tuned is None):
         return None
     model: Any = copy.deepcopy(fine_tuned) if name is None else _load(fetch_model(name), task)[0]
+    if isinstance(encoded, Labelled):
+        model.config.pad_token_id = encoded.padding
     if isinstance(encoded, Labelled) and not _knows(model, encoded):
         if name is not None:
             raise ValueError(f"teacher {name} does no better than one answer to everything: it knows another task")
@@ -88,13 +92,13 @@ def _teacher(
 
 def _knows(model: Any, encoded: Labelled) -> bool:
     """Whether a model does clearly better on some training examples than the best single answer to all of them."""
-    count = min(_PROBED, len(encoded.ids))
-    types = None if encoded.types is None else encoded.types[:count]
-    some = replace(encoded, ids=encoded.ids[:count], types=types, labels=encoded.labels[:count])
-    answers, labels = torch.tensor(predict(model, some)), some.labels
+    places = range(0, len(encoded.ids), -(-len(encoded.ids) // _PROBED))  # files may be sorted by class
+    types = None if encoded.types is None else [encoded.types[place] for place in places]
+    ids, labels = [encoded.ids[place] for place in places], encoded.labels[list(places)]
+    answers = torch.tensor(predict(model, replace(encoded, ids=ids, types=types, labels=labels)))
     if encoded.regression:
         return bool((answers - labels).square().mean() < 0.9 * labels.var(correction=0))
-    missed = 1.0 - float(labels.bincount().max()) / count
+    missed = 1.0 - float(labels.bincount().max()) / len(labels)
     return float((answers != labels).float().mean()) < 0.9 * missed
 
 

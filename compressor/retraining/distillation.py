@@ -111,7 +111,7 @@ def chunked_loss(
     """
     count, gradient = student_TH.shape[0], torch.empty_like(student_TH)
     kl_sum = ce_sum = 0.0
-    for start, end in _chunks(count, student_head, student_TH):
+    for start, end in chunks_of(count, student_head, student_TH):
         hidden = student_TH[start:end].detach().requires_grad_()
         with torch.enable_grad():
             logits_CV = student_head(hidden)
@@ -133,7 +133,7 @@ def chunked_loss(
     return Loss(kl_weight * kl + (1.0 - kl_weight) * ce, kl, ce), gradient
 
 
-def _chunks(count: int, head: Head, hidden_TH: Tensor) -> list[tuple[int, int]]:
+def chunks_of(count: int, head: Head, hidden_TH: Tensor) -> list[tuple[int, int]]:
     """Equal chunks, so that no small rest wastes a pass over the head's weights."""
     with torch.no_grad():
         vocabulary = head(hidden_TH[:1]).shape[-1]
@@ -239,7 +239,7 @@ def _text_loss_sum(model: nn.Module, head: Head, ids_BL: Tensor) -> float:
     positions, labels = next_tokens(ids_BL)
     hidden = hidden_states(model, ids_BL).flatten(0, 1)[positions]
     total = 0.0
-    for start, end in _chunks(len(labels), head, hidden):
+    for start, end in chunks_of(len(labels), head, hidden):
         log_q = torch.log_softmax(head(hidden[start:end]), dim=-1, dtype=torch.float32)
         total -= float(_picked(log_q, labels[start:end]).sum())
     return total

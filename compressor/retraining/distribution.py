@@ -121,14 +121,14 @@ class Distribution:
         """Raise when a mask has lost its weight, or processes that hold the same weights hold different masks."""
         digest = hashlib.sha256()
         for entry in entries:
-            if entry.mask is None:
-                continue
-            if entry.mask.shape != entry.visible.shape:
+            if entry.mask is not None and entry.mask.shape != entry.visible.shape:
                 raise RuntimeError(
                     f"{entry.name}: mask of {tuple(entry.mask.shape)} beside a weight of {tuple(entry.visible.shape)}; "
                     "the weights cannot be trusted to be sparse"
                 )
-            digest.update(entry.mask.cpu().contiguous().view(torch.uint8).numpy().data)
+            for kind, tensor in entry.state().items():  # PST's masks are no weight's own
+                if kind.endswith("/mask"):
+                    digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
         if self.world == 1 or self.sharded:
             return
         digests: list[str | None] = [None] * self.world

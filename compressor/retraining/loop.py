@@ -10,12 +10,12 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -258,13 +258,16 @@ class Run:
     def _forward_backward(self, examples: Tensor) -> dict[str, float]:
         """Gradients of one step's loss, moved onto the trained entries."""
         share = self.settings.micro_batch or max(1, self.settings.batch // self.distribution.world)
-        parts = self.distribution.own(list(examples.split(share)))
-        found: list[dict[str, float]] = []
+        everyones = list(examples.split(share))
+        terms = sum(self.objective.size(part) for part in everyones)
+        parts, means = self.distribution.own(everyones), Counter[str]()
         for part in parts:
-            found.append(self.objective.backward(self.model, part, 1.0 / len(parts)))
+            weight = self.distribution.world * self.objective.size(part) / terms  # processes are averaged afterwards
+            found = self.objective.backward(self.model, part, weight)
+            means.update({name: value * weight for name, value in found.items()})
             for entry in self.method.trained:
                 entry.take_gradient(several=len(parts) > 1)
-        return {name: fmean(metrics[name] for metrics in found) for name in found[0]}
+        return dict(means)
 
     def _examples_of(self, step: int) -> Tensor:
         """Numbers of a step's examples: a new order for every pass over them, from the seed alone."""

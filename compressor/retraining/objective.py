@@ -24,6 +24,10 @@ class Objective(Protocol):
         """Tokens of one example (the most it may have), which budgets count."""
         ...
 
+    def size(self, examples: Tensor) -> int:
+        """How many terms the mean loss of some examples is taken over: examples, or tokens to predict."""
+        ...
+
     @property
     def lengths(self) -> Sequence[int] | None:
         """Tokens of each example, so that those of like length are batched together; None where all are alike."""

@@ -243,4 +243,9 @@ def growing_mask(score: Tensor, shape: MaskShape, grown: float) -> Tensor:
         return torch.ones(score.shape, dtype=torch.bool, device=score.device)
     if shape.by_row:  # what the final mask keeps is out of reach; arithmetic, as torch is slow with bool
         score = score + shape.mask(score).view(torch.int8).float().mul_(2.0 * float(score.abs().max()) + 1.0)
-    return score > score.flatten().kthvalue(wanted).values
+    least = score.flatten().kthvalue(wanted).values
+    mask = score > least
+    short = score.numel() - wanted - int(mask.sum())
+    if short:  # equal scores at the threshold, as all are at the start of movement pruning
+        mask.view(-1)[(score == least).flatten().nonzero()[:short, 0]] = True
+    return mask

@@ -34,6 +34,9 @@ from compressor.retraining.schedules import learning_rate
 
 log = logging.getLogger(__name__)
 
+# The variance comes from the momentum, not from the gradient: on the noise of single texts steps are some times larger
+# than Adam's, and ReconstructionSettings.learning_rate is tuned with that.
+_ADAM = AdamSettings(form="decoupled")
 # Tensors whose root mean square is below, such as biases of zero, move as if it were this.
 _LEAST = 1e-3
 
@@ -47,8 +50,8 @@ class ReconstructionSettings:
     Args:
         samples: blocks of text, `batch` at a time.
         passes: over the samples.
-        learning_rate: how far a step moves a tensor, as a share of its root mean square: the weights of one model may
-            be ten times as large as those of another.
+        learning_rate: Adam's, as a share of a tensor's root mean square: the weights of one model may be ten times as
+            large as those of another.
     """
 
     samples: int = 32
@@ -156,17 +159,16 @@ def _entries(
     grids: Mapping[str, Transform],
 ) -> list[Trained]:
     """The sparse weights of a block and whatever else of it trains: norms and biases, not its dense linears."""
-    adam = AdamSettings()
     sparse = {id(module.weight): name for name, module in linears.items()}
     entries = [
-        train_linear(name, module, masks[name].to(weight_of(module).device, copy=True).contiguous(), adam)
+        train_linear(name, module, masks[name].to(weight_of(module).device, copy=True).contiguous(), _ADAM)
         for name, module in linears.items()
     ]
     for entry in entries:
         entry.transform = grids.get(entry.name)
         entry.publish()
     others = [(name, p) for name, p in block.named_parameters() if id(p) not in sparse and p.dim() == 1]
-    return entries + [train_dense(f"{prefix}.{name}", parameter, adam) for name, parameter in others]
+    return entries + [train_dense(f"{prefix}.{name}", parameter, _ADAM) for name, parameter in others]
 
 
 def _train(
@@ -177,7 +179,7 @@ def _train(
     targets: list[Tensor],
     settings: ReconstructionSettings,
 ) -> None:
-    adam, alone, total = AdamSettings(), Distribution(), settings.passes * len(calls)
+    alone, total = Distribution(), settings.passes * len(calls)
     sizes = [max(float(entry.masked().square().mean().sqrt()), _LEAST) for entry in entries]
     for entry in entries:
         entry.parameter.requires_grad_(True)
@@ -192,7 +194,7 @@ def _train(
             step += 1
             scale = min(1.0, settings.clip / (norm + 1e-6))
             for entry, size in zip(entries, sizes, strict=True):
-                adam_steps([entry], adam, step=step, rate=rate * size, decay=0.0, scale=scale)
+                adam_steps([entry], _ADAM, step=step, rate=rate * size, decay=0.0, scale=scale)
     for entry in entries:
         entry.parameter.requires_grad_(False)
 

@@ -19,7 +19,7 @@ _NATS = 3.0
 _IN_A_ROW = 3
 
 
-class DivergedError(RuntimeError):
+class DivergedError(ArithmeticError):
     """The loss or a gradient is not finite, or the loss exploded; raised before the weights are touched."""
 
 

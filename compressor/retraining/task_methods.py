@@ -60,7 +60,8 @@ class FullTraining:
         head: frozenset[str] = frozenset(),
         snap: Snap | None = None,
     ) -> None:
-        self.criterion, self.shape, self.settings, self.adam = criterion, shape, settings, adam
+        self.criterion, self.shape, self.settings = criterion, shape, settings
+        self.adam = replace(adam, form="coupled")  # without a decay of masked weights that is plain Adam
         self.snap, self._head = snap, head
         if criterion == "dense":
             dense, linears = {**_weights(linears), **dense}, {}

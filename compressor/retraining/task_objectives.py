@@ -11,6 +11,7 @@ Shapes: B examples of a micro-batch, L tokens of the longest, T predicted tokens
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressor.retraining.distillation import Head, head_of, hidden_states
+from compressor.retraining.distillation import Head, chunks_of, head_of, hidden_states
 from compressor.tasks.encoding import Answers, Labelled
 
 
@@ -38,13 +39,15 @@ class Teacher:
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Frozen, where the student is and in its dtype."""
-        self.model.to(device, dtype).eval().requires_grad_(False)
+        self.model.to(device).eval().requires_grad_(False)
+        for parameter in self.model.parameters():  # buffers keep theirs: rotary frequencies must not be rounded
+            parameter.data = parameter.data.to(dtype)
 
     def mixed(self, loss: Tensor, logits_TK: Tensor, taught_TK: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The loss of the labels with the teacher's part, and that part for watching."""
+        """The loss of the labels with the teacher's part, and that part for watching: T^2 * KL."""
         student, teacher = (F.log_softmax(x.float() / self.temperature, -1) for x in (logits_TK, taught_TK))
-        kl = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
-        return torch.lerp(loss, kl * self.temperature**2, self.kl_weight), {"kl": float(kl.detach())}
+        kl = F.kl_div(student, teacher, log_target=True, reduction="batchmean") * self.temperature**2
+        return torch.lerp(loss, kl, self.kl_weight), {"kl": float(kl.detach())}
 
 
 class LabelledSentences:
@@ -60,6 +63,9 @@ class LabelledSentences:
     @property
     def tokens(self) -> int:
         return self.encoded.length
+
+    def size(self, examples: Tensor) -> int:
+        return len(examples)
 
     @property
     def lengths(self) -> list[int]:
@@ -91,8 +97,7 @@ class LabelledSentences:
             else:
                 loss, more = self.teacher.mixed(loss, logits_BK, taught_BK)
                 metrics |= more
-        if bool(torch.isfinite(loss)):
-            (loss * weight).backward()
+        (loss * weight).backward()
         return {"total": float(loss.detach()), **metrics}
 
 
@@ -114,6 +119,9 @@ class WrittenAnswers:
     def tokens(self) -> int:
         return self.encoded.length
 
+    def size(self, examples: Tensor) -> int:
+        return sum(len(self.encoded.targets[place]) for place in examples.tolist())
+
     @property
     def lengths(self) -> list[int]:
         return [len(start) + len(end) for start, end in zip(self.encoded.prompts, self.encoded.targets, strict=True)]
@@ -132,20 +140,37 @@ class WrittenAnswers:
             raise RuntimeError("prepare() comes before backward()")
         device = next(model.parameters()).device
         ids_BL, answers_BL = (tensor.to(device) for tensor in self.encoded.batch(examples.tolist()))
-        hidden_TH = hidden_states(model, ids_BL)[:, :-1][answers_BL[:, 1:]]
-        logits = self._head(hidden_TH).float()
-        labels_T = ids_BL[:, 1:][answers_BL[:, 1:]]
-        loss, metrics = F.cross_entropy(logits, labels_T, label_smoothing=self.label_smoothing), dict[str, float]()
-        if self.teacher is not None and self._taught is not None:
+        chosen = answers_BL[:, 1:]
+        labels_T, hidden_TH = ids_BL[:, 1:][chosen], hidden_states(model, ids_BL)[:, :-1][chosen]
+        taught_TH = None
+        if self.teacher is not None:
             with torch.no_grad():
-                taught_TH = hidden_states(self.teacher.model, ids_BL)[:, :-1][answers_BL[:, 1:]]
-                taught = self._taught(taught_TH)
-            loss, metrics = self.teacher.mixed(loss, logits, taught)
-        if bool(torch.isfinite(loss)):
-            (loss * weight).backward()
+                taught_TH = hidden_states(self.teacher.model, ids_BL)[:, :-1][chosen]
+        gradient, sums = torch.empty_like(hidden_TH), Counter[str]()
+        for start, end in chunks_of(len(labels_T), self._head, hidden_TH):  # never the logits of all answers
+            leaf_CH = hidden_TH[start:end].detach().requires_grad_()
+            rows = slice(start, end)
+            loss, metrics = self._loss(leaf_CH, labels_T[rows], None if taught_TH is None else taught_TH[rows])
+            share = (end - start) / len(labels_T)
+            (loss * weight * share).backward()
+            assert leaf_CH.grad is not None
+            gradient[rows] = leaf_CH.grad
+            sums.update({name: value * share for name, value in {"total": float(loss.detach()), **metrics}.items()})
+        hidden_TH.backward(gradient)
+        return dict(sums)
+
+    def _loss(self, hidden_CH: Tensor, labels_C: Tensor, taught_CH: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+        """Mean over a chunk, and its parts for watching."""
+        assert self._head is not None
+        logits = self._head(hidden_CH).float()
+        loss = F.cross_entropy(logits, labels_C, label_smoothing=self.label_smoothing)
+        metrics = {"ce": float(F.cross_entropy(logits.detach(), labels_C))}
+        if taught_CH is None or self.teacher is None or self._taught is None:
+            return loss, metrics
         with torch.no_grad():
-            plain = F.cross_entropy(logits, labels_T)
-        return {"total": float(loss.detach()), "ce": float(plain), **metrics}
+            taught = self._taught(taught_CH)
+        loss, more = self.teacher.mixed(loss, logits, taught)
+        return loss, metrics | more
 
 
 def _ragged(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

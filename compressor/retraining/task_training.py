@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from compressor.calibration import blocks_of
 from compressor.masks import TWO_OF_FOUR, MaskShape
 from compressor.retraining.distribution import distribution
 from compressor.retraining.loop import (
     LoopSettings,
     Progress,
     Run,
+    checkpointed,
     compute_dtype,
     identity_of,
     plain_attention,
@@ -107,7 +109,8 @@ def finetune(
     snapshots = None
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)
-        record = {"loop": asdict(loop), "what": repr(what), "budget": asdict(budget)}
+        named = repr(replace(what, head=frozenset())), sorted(what.head)  # a set's order differs from run to run
+        record = {"loop": asdict(loop), "what": named, "budget": asdict(budget)}
         identity = identity_of(model, {}, objective.identity(), record)
         snapshots = Snapshots(work_dir / "snapshots", identity, loop.keep_checkpoints, spread.rank, 1, spread.wait)
     run, trainer = start(
@@ -123,7 +126,8 @@ def finetune(
         progress=progress,
         distribution=spread,
     )
-    with plain_attention(model, objective.tokens):
+    blocks = [model.get_submodule(name) for name in blocks_of(model, linears)]
+    with plain_attention(model, objective.tokens), checkpointed(blocks, loop.checkpoint_activations):
         run.train()
     trainer.finish()
     trainer.detach()

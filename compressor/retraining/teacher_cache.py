@@ -11,6 +11,7 @@ Shapes: N blocks of text, P predicting positions of a block, H hidden size, k ke
 """
 
 import hashlib
+import os
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -98,7 +99,7 @@ def cache_key(teacher: nn.Module, tokens: Tensor, *more: object) -> str:
 
 def _open(file: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     if not file.exists():
-        part = file.with_name(f".{file.name}.part")
+        part = file.with_name(f".{file.name}.{os.getpid()}.part")
         np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape).flush()
         part.replace(file)
     return np.lib.format.open_memmap(file, mode="r+")

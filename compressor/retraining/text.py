@@ -14,6 +14,7 @@ from compressor.retraining.distillation import (
     TopK,
     block_outputs,
     chunked_loss,
+    chunks_of,
     head_of,
     hidden_states,
     next_tokens,
@@ -85,6 +86,9 @@ class TextDistillation:
     @property
     def tokens(self) -> int:
         return self.tokens_NL.shape[1]
+
+    def size(self, examples: Tensor) -> int:
+        return len(examples)
 
     @property
     def lengths(self) -> None:
@@ -188,9 +192,11 @@ class TextDistillation:
             if self._kind == "hidden":
                 yield {"hidden": hidden_PH}
                 continue
-            log_p = torch.log_softmax(self._heads[1](hidden_PH).float() / self.temperature, dim=-1)
-            kept = log_p.topk(self._top_k, dim=-1)
-            yield {"log_p": kept.values, "ids": kept.indices}
+            kept = [
+                torch.log_softmax(self._heads[1](hidden_PH[start:end]).float() / self.temperature, -1).topk(self._top_k)
+                for start, end in chunks_of(len(hidden_PH), self._heads[1], hidden_PH)
+            ]
+            yield {"log_p": torch.cat([one.values for one in kept]), "ids": torch.cat([one.indices for one in kept])}
 
 
 def _apart(mine_BLH: Tensor, other_BLH: Tensor) -> Tensor:

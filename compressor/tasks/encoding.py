@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.data import opening_of
 from compressor.tasks.task import Example, Task
 
 _MULTIPLE = 8
@@ -78,18 +79,26 @@ def encode_labelled(tokenizer: Any, examples: Sequence[Example], length: int, re
     found = tokenizer([example.text for example in examples], pairs, truncation=True, max_length=length)
     labels = torch.tensor([example.label for example in examples], dtype=torch.float32 if regression else torch.int64)
     types = found.get("token_type_ids")
-    return Labelled(found["input_ids"], types, labels, length, int(tokenizer.pad_token_id or 0), regression)
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return Labelled(found["input_ids"], types, labels, length, int(padding or 0), regression)
+
+
+def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int]]:
+    """The texts that answers are written after, each opened as the model's texts are."""
+    found = tokenizer([example.text for example in examples], add_special_tokens=False)["input_ids"]
+    return [[*opening_of(tokenizer), *ids] for ids in found]
 
 
 def encode_answers(tokenizer: Any, examples: Sequence[Example], length: int) -> Answers:
     """Encodes prompts and their first references; a prompt that leaves no room for its answer is cut at its front."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer names no end-of-text token, which tells where a written answer ends")
-    starts = tokenizer([example.text for example in examples], add_special_tokens=False)["input_ids"]
+    starts, opening = encode_prompts(tokenizer, examples), opening_of(tokenizer)
     ends = tokenizer([example.references[0] for example in examples], add_special_tokens=False)["input_ids"]
     prompts, targets = [], []
     for start, end in zip(starts, ends, strict=True):
         target = [*end, tokenizer.eos_token_id][: length - 1]
         targets.append(target)
-        prompts.append(start[-(length - len(target)) :])
+        room = length - len(target) - len(opening)
+        prompts.append([*opening, *start[len(opening) :][-room:]] if room > 0 else start[-(length - len(target)) :])
     return Answers(prompts, targets, length)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compressor.calibration import evaluating
-from compressor.tasks.encoding import Labelled, encode_labelled
+from compressor.tasks.encoding import Labelled, encode_labelled, encode_prompts
 from compressor.tasks.metrics import measure
 from compressor.tasks.task import Example, Task
 
@@ -36,7 +36,7 @@ def write(
 ) -> list[str]:
     """A text for every prompt, by beam search, up to `length` tokens in all."""
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    prompts = tokenizer([example.text for example in examples], add_special_tokens=False)["input_ids"]
+    prompts = encode_prompts(tokenizer, examples)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     found: dict[int, str] = {}
     with evaluating(model):

@@ -9,7 +9,7 @@ from typing import Any
 
 from serve.api.errors import bad_request
 from serve.api.schema import CompletionRequest
-from serve.api.state import MAX_PROMPTS, ServerState, new_id
+from serve.api.state import ServerState, new_id
 from serve.engine.async_engine import Request
 from serve.engine.llm_engine import StepOutput
 from serve.engine.sampling_params import SamplingParams
@@ -79,11 +79,7 @@ class Completion:
         return self.state.submit(self.prompts, replace(self.params, grammar=grammar))
 
     async def _encode(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
-        if isinstance(prompt, list) and not prompt:
-            raise bad_request("prompt is an empty list", param="prompt")
         given: list[Any] = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-        if len(given) > MAX_PROMPTS:
-            raise bad_request(f"{len(given)} prompts are too many; at most {MAX_PROMPTS} in one request", "prompt")
         special = self.body.add_special_tokens is not False
         return [await self.state.encode(one, special) if isinstance(one, str) else list(one) for one in given]
 

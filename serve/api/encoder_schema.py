@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, Tag
 
-from serve.api.schema import Strict, TokenId, Usage
-from serve.api.state import MAX_PROMPTS
+from serve.api.schema import Form, Many, Strict, Tokens, Usage
 
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
-Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
-
-
-Many = Field(min_length=1, max_length=MAX_PROMPTS)
+Pair = Annotated[list[str], Field(min_length=2, max_length=2, fail_fast=True)]
+Input = (
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Many, Tag("texts")]
+    | Annotated[Tokens, Tag("tokens")]
+    | Annotated[list[Tokens], Many, Tag("token lists")]
+)
 
 
 class EncoderRequest(Strict):
@@ -34,13 +35,13 @@ class EncoderRequest(Strict):
 class ClassificationRequest(EncoderRequest):
     """`input`: a text, token ids, or a list of either; or a list of pairs of texts, for models that compare two."""
 
-    input: str | Annotated[list[str], Many] | Annotated[list[Pair], Many] | Tokens | Annotated[list[Tokens], Many]
+    input: Annotated[Input | Annotated[list[Pair], Many, Tag("pairs")], Form]
 
 
 class EmbeddingRequest(EncoderRequest):
     """`dimensions` is there for clients that send it: the model's own is the only one."""
 
-    input: str | Annotated[list[str], Many] | Tokens | Annotated[list[Tokens], Many]
+    input: Annotated[Input, Form]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
 

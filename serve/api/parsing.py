@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -16,6 +17,7 @@ from starlette.requests import Request
 from serve.api.errors import APIError, bad_request
 
 MAX_DEPTH = 64
+MAX_PLACE = 100
 TOO_DEEP = f"the body is nested deeper than {MAX_DEPTH} levels"
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -49,8 +51,17 @@ def validate(value: Any, kind: type[Model]) -> Model:
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
+        names = field_names(kind)  # neither keys that the client made up, nor how pydantic calls a union's members
+        place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in names)[:MAX_PLACE]
         raise bad_request(f"{place}: {first['msg']}" if place else first["msg"], param=place or None) from None
+
+
+@cache
+def field_names(kind: type[BaseModel]) -> frozenset[str]:
+    """What `kind` and the models in it call their fields."""
+    document = kind.model_json_schema()
+    parts = (document, *document.get("$defs", {}).values())
+    return frozenset(name for part in parts for name in part.get("properties", ()))
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -8,20 +8,60 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from serve.engine.grammar import ANY_OBJECT
-from serve.engine.sampling_params import MAX_LOGPROBS, MAX_N, SamplingParams
+from serve.engine.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams
 
 # The served document replaces the bound of such integers by the model's vocabulary.
 TOKEN_ID = "token-id"
+MAX_PROMPTS = 2048
+MAX_TOKENS = 2**20
+MAX_MESSAGES = 4096
+MAX_BIASES = 1024
+
+
+def form(value: Any) -> str:
+    """Which member of a union a value can only be, as its first item tells: one error, not one for each member."""
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else None
+    if isinstance(first, list):
+        return "pairs" if first and isinstance(first[0], str) else "token lists"
+    return "texts" if isinstance(first, str) else "tokens"
+
+
+def count(value: Any) -> str:
+    """The same where one may be given for a list of one."""
+    return "many" if isinstance(value, list) else "one"
+
+
+def _few(value: Any) -> Any:
+    """Before each key is checked, which would give an error for each."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"it has {len(value)} entries; up to {MAX_BIASES} are accepted")
+    return value
+
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, json_schema_extra={"format": TOKEN_ID})]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Text = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
+Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
+Many = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
+Form = Discriminator(
+    form, custom_error_type="form", custom_error_message="Input should be a text, token ids, or a list of either"
+)
+Prompt = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[list[Text], Many, Tag("texts")]
+    | Annotated[Tokens, Tag("tokens")]
+    | Annotated[list[Tokens], Many, Tag("token lists")],
+    Form,
+]
 
 
 class Strict(BaseModel):
@@ -74,10 +114,10 @@ class SamplingFields(Strict):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Int64 | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    stop: Annotated[Annotated[Stop, Tag("one")] | Annotated[Stops, Tag("many")], Discriminator(count)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MAX_BIASES), BeforeValidator(_few)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -138,7 +178,7 @@ SAMPLING_NAMES = (
 
 
 class CompletionRequest(SamplingFields):
-    prompt: Text | Annotated[list[Text], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: Prompt
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -150,6 +190,10 @@ class CompletionRequest(SamplingFields):
 class TextPart(Strict):
     type: Literal["text"]
     text: str
+
+
+Parts = Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+Content = Annotated[Annotated[str, Tag("one")] | Annotated[Parts, Tag("many")], Discriminator(count)]
 
 
 class FunctionCall(Strict):
@@ -165,9 +209,9 @@ class ToolCall(Strict):
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Content | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     def for_template(self) -> dict[str, Any]:
@@ -194,13 +238,16 @@ class Tool(Strict):
     function: FunctionTool
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatCompletionRequest(SamplingFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(None, json_schema_extra={"enum": [False, None]})
@@ -216,7 +263,7 @@ class ChatCompletionRequest(SamplingFields):
 class TokenizeRequest(Strict):
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
 
@@ -234,7 +281,7 @@ class TokenizeRequest(Strict):
 
 class DetokenizeRequest(Strict):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
 # Answers. The routes write plain dictionaries, which is faster; these describe them in the served OpenAPI document.

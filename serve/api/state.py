@@ -29,7 +29,6 @@ T = TypeVar("T")
 # Texts shorter than this are tokenized on the spot; longer ones in a worker thread, so that others are served
 # meanwhile.
 SHORT_TEXT = 4096
-MAX_PROMPTS = 2048
 GRAMMAR = "invalid_schema"
 TOO_LONG = "context_length_exceeded"
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
 MAX_N = 16
 
 
@@ -62,8 +63,8 @@ class SamplingParams:
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if value is not None:
                 _between(name, value, 0, MAX_LOGPROBS)
-        if len(self.stop) > MAX_STOP_STRINGS or any(not text for text in self.stop):
-            raise ValueError(f"stop takes at most {MAX_STOP_STRINGS} strings, none of them empty")
+        if len(self.stop) > MAX_STOP_STRINGS or not all(1 <= len(text) <= MAX_STOP_LENGTH for text in self.stop):
+            raise ValueError(f"stop takes up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
         for token, bias in self.logit_bias.items():
             _between(f"logit_bias[{token}]", bias, -100.0, 100.0)
 

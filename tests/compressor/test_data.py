@@ -17,10 +17,12 @@ from compressor.packages import Package, fetch_member
 class Letters:
     """A tokenizer of one token per character."""
 
+    bos_token_id: int | None = None
     eos_token_id: int | None = 0
 
-    def __call__(self, text: list[str], **options: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[ord(letter) for letter in document] for document in text]}
+    def __call__(self, text: list[str], *, add_special_tokens: bool = True, **_: Any) -> dict[str, list[list[int]]]:
+        opening = [] if self.bos_token_id is None or not add_special_tokens else [self.bos_token_id]
+        return {"input_ids": [[*opening, *map(ord, document)] for document in text]}
 
 
 @pytest.fixture
@@ -38,6 +40,14 @@ def test_documents_are_whole_shuffled_by_the_seed_and_joined_by_eos(jsonl: Path)
     assert torch.equal(loaded.blocks, load_text(str(jsonl), Letters(), length=11, seed=3).blocks)
     assert not torch.equal(loaded.blocks, load_text(str(jsonl), Letters(), length=11, seed=4).blocks)
     assert (loaded.report.documents, loaded.report.tokens, len(loaded.report.sha256)) == (8, 88, 64)
+
+
+def test_every_block_opens_as_the_tokenizer_opens_texts(jsonl: Path) -> None:
+    tokenizer = Letters()
+    tokenizer.bos_token_id = 1
+    blocks = load_text(str(jsonl), tokenizer, length=12, seed=3).blocks
+    assert bool((blocks[:, 0] == 1).all())
+    assert torch.equal(blocks[:, 1:], load_text(str(jsonl), Letters(), length=11, seed=3).blocks)
 
 
 def test_max_tokens_bounds_what_is_read(jsonl: Path) -> None:

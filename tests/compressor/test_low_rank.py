@@ -49,6 +49,16 @@ def test_the_best_low_rank_start_is_the_truncated_svd(segment: int, rows: int) -
     assert missed < float((weight * ~mask - s_mean @ segments).square().sum())
 
 
+@pytest.mark.parametrize("init", ["mean", "sum", "svd"])
+def test_where_pruned_weights_are_made_up_for_the_branch_starts_at_zero_and_alive(
+    init: str, pruned: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    weight, mask = pruned
+    s, x = initial_branch(weight * mask, mask, 16, init)
+    assert not s.any()
+    assert torch.equal(x, segment_matrix(weight.shape[1], 16)), "both at zero would never learn"
+
+
 def test_segment_sums_equal_a_trained_projection_at_its_start() -> None:
     s, x = torch.randn(5, 4), torch.randn(2, 3, 32)
     fixed = LowRankBranch(s, 8, dtype=torch.float32)

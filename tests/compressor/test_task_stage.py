@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from compressor.cli import main
 from compressor.exports import export_checkpoint
 from compressor.inspection import packed_modules, verify
 from compressor.masks import check_n_m
+from compressor.models import load_classifier
 from serve.engine.encoder import EncoderEngine
 from tests.compressor.test_exports_classifiers import run_onnx
 from tests.serve.test_encoder import ask
@@ -191,6 +193,46 @@ def test_a_teacher_is_checked(
     assert teacher_of(out) == str(dense_classifier)
 
 
+def test_a_teacher_is_known_by_files_sorted_by_class_and_by_its_classes_names(
+    dense_classifier: Path, reviews: Path, tmp_path: Path
+) -> None:
+    """Its head has the classes in the other order, as models on a hub may."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(dense_classifier)
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter.copy_(parameter.flip(0))
+    model.config.id2label, model.config.label2id = {0: "GOOD", 1: "BAD"}, {"GOOD": 0, "BAD": 1}
+    other, out, file = tmp_path / "other", tmp_path / "model", tmp_path / "sorted.jsonl"
+    model.save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    file.write_text("\n".join(sorted(reviews.read_text().splitlines(), key=lambda line: json.loads(line)["label"])))
+    assert main(arguments(other, file, out, "retraining.budget=1 epochs")) == 0
+    assert teacher_of(out) == "the model itself, dense"
+    assert logits_of(out, "7 a quick film").argmax() == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_decoder_learns_to_classify(
+    family: str, reviews: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Neither names a padding token, which is where a decoder looks for a text's end."""
+    out = tmp_path / "model"
+    assert main(arguments(request.getfixturevalue(f"tiny_{family}"), reviews, out, "retraining.budget=2 epochs")) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["pad_token_id"] == make_tokenizer().eos_token_id
+
+
+def test_a_body_of_another_shape_is_not_replaced_by_noise(encoder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": VOCABULARY + 8}))
+    with pytest.raises(ValueError, match="word_embeddings.weight has another shape than config.json says"):
+        load_classifier(folder, ("a", "b"))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_texts_are_written(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(f"tiny_{family}")
@@ -225,6 +267,7 @@ def test_whole_heads_and_neurons(encoder: Path, reviews: Path, tmp_path: Path) -
         (("sparsity.keep_dense=auto:5%",), "name the layers"),
         (("sparsity=null", "retraining.method=movement", "retraining.heads_and_neurons=0.5"), "by pst only"),
         (("task.source.label=stars",), "stars"),
+        (("retraining.loop.hidden_weight=1",), "of training on text only"),
     ],
 )
 def test_what_does_not_go_together_is_said(

@@ -136,6 +136,7 @@ def test_logprobs_are_the_model_own() -> None:
         {"logprobs": 21},
         {"stop": ("",)},
         {"stop": ("x",) * 17},
+        {"stop": ("x" * 257,)},
         {"logit_bias": {1: 101.0}},
         {"seed": 2**63},
         {"max_tokens": -1},
