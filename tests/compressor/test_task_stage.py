@@ -229,7 +229,7 @@ def test_a_body_of_another_shape_is_not_replaced_by_noise(encoder: Path, tmp_pat
     shutil.copytree(encoder, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": VOCABULARY + 8}))
-    with pytest.raises(ValueError, match="word_embeddings.weight has another shape than config.json says"):
+    with pytest.raises(ValueError, match=r"word_embeddings\.weight has another shape than config\.json says"):
         load_classifier(folder, ("a", "b"))
 
 
