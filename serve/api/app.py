@@ -29,7 +29,7 @@ from serve.api.state import GRAMMAR, ClientGoneError, EncoderState, ServedModel,
 from serve.api.streaming import EventStream
 from serve.engine.async_engine import EngineDeadError
 from serve.engine.async_engine import Request as EngineRequest
-from serve.engine.grammar import GrammarError
+from serve.engine.constraints import GrammarError
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(GrammarError)
     async def lost(_: Request, error: Exception) -> Response:
-        return bad_request(str(error), "response_format", GRAMMAR).response()
+        return bad_request(str(error), code=GRAMMAR).response()
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> Response:

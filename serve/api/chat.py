@@ -43,7 +43,7 @@ class ChatCompletion:
 
     async def submit(self) -> Request:
         prompt = await self._prompt()
-        grammar = await self.state.grammar(self.body.json_schema())
+        grammar = await self.state.grammar(self.body.constraint())
         return self.state.submit([prompt], replace(self.params, grammar=grammar))
 
     async def _prompt(self) -> list[int]:

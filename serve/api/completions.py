@@ -75,7 +75,7 @@ class Completion:
 
     async def submit(self) -> Request:
         self.prompts = await self._encode(self.body.prompt)
-        grammar = await self.state.grammar(self.body.json_schema())
+        grammar = await self.state.grammar(self.body.constraint())
         return self.state.submit(self.prompts, replace(self.params, grammar=grammar))
 
     async def _encode(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:

@@ -8,9 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from serve.engine.grammar import ANY_OBJECT
+from serve.engine.constraints import ANY_OBJECT, Constraint
 from serve.engine.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_LENGTH, MAX_STOP_STRINGS, SamplingParams
 
 # The served document replaces the bound of such integers by the model's vocabulary.
@@ -19,6 +30,16 @@ MAX_PROMPTS = 2048
 MAX_TOKENS = 2**20
 MAX_MESSAGES = 4096
 MAX_BIASES = 1024
+INSTEAD = {
+    "guided_regex": 'send structured_outputs: {"regex": ...}',
+    "guided_choice": 'send structured_outputs: {"choice": [...]}',
+    "guided_grammar": 'send structured_outputs: {"grammar": ...}',
+    "bad_words": "send logit_bias with the ids of their tokens",
+    "allowed_token_ids": "send structured_outputs with what may be written",
+    "functions": "send tools",
+    "function_call": "send tool_choice",
+}
+"""Fields that are refused, and what to send instead."""
 
 
 def form(value: Any) -> str:
@@ -80,6 +101,43 @@ class JsonSchema(Strict):
     strict: bool | None = None
 
 
+class StructuredOutputs(BaseModel):
+    """vLLM's name for what an answer must keep to: one of these; `grammar` is in Lark's notation."""
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: Annotated[list[Text], Many] | None = None
+    grammar: Text | None = None
+    json_object: bool | None = None
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        json_schema_extra={
+            "oneOf": [
+                {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+                for name in ("json", "regex", "choice", "grammar")
+            ]
+            + [{"required": ["json_object"], "properties": {"json_object": {"const": True}}}]
+        },
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        if sum(bool(value) or value == {} for _, value in self) != 1:
+            raise ValueError("give one of json, regex, choice, grammar, and json_object: true")
+        return self
+
+    def constraint(self) -> Constraint:
+        if self.regex is not None:
+            return Constraint("regex", self.regex)
+        if self.grammar is not None:
+            return Constraint("grammar", self.grammar)
+        if self.choice is not None:
+            return Constraint.choice(self.choice)
+        return ANY_OBJECT if self.json_ is None else Constraint.schema(self.json_)
+
+
 class ResponseFormat(Strict):
     """Free text; any JSON object; or JSON that a schema accepts."""
 
@@ -126,14 +184,43 @@ class SamplingFields(Strict):
     skip_special_tokens: bool | None = None
     user: str | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | None = None
+    guided_regex: None = None
+    guided_choice: None = None
+    guided_grammar: None = None
+    bad_words: None = None
+    allowed_token_ids: None = None
 
-    def json_schema(self) -> dict[str, Any] | None:
-        """What the answer must keep to; `guided_json` is vLLM's older name for it."""
+    @field_validator(*INSTEAD, mode="before", check_fields=False)
+    @classmethod
+    def _not_served(cls, value: Any, info: ValidationInfo) -> Any:
+        if value:
+            raise PydanticCustomError(
+                "not_served", "this is not served; {instead}", {"instead": INSTEAD[info.field_name]}
+            )
+        return None
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> SamplingFields:
+        if len(self._constraints()) > 1:
+            raise ValueError("give one of response_format, structured_outputs and guided_json")
+        return self
+
+    def constraint(self) -> Constraint | None:
+        """What the answer must keep to."""
+        return next(iter(self._constraints()), None)
+
+    def _constraints(self) -> list[Constraint]:
+        """As each field says that may say so; `guided_json` is vLLM's older name for it."""
+        found = [] if self.structured_outputs is None else [self.structured_outputs.constraint()]
+        if self.guided_json is not None:
+            found.append(Constraint.schema(self.guided_json))
         wanted = self.response_format
-        if wanted is None or wanted.type == "text":
-            return self.guided_json
-        return wanted.json_schema.schema_ if wanted.type == "json_schema" and wanted.json_schema else ANY_OBJECT
+        if wanted is not None and wanted.type != "text":
+            asked = wanted.json_schema if wanted.type == "json_schema" else None
+            found.append(ANY_OBJECT if asked is None else Constraint.schema(asked.schema_))
+        return found
 
     def sampling(
         self,
@@ -249,6 +336,8 @@ class ChatCompletionRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
+    functions: None = None
+    function_call: None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(None, json_schema_extra={"enum": [False, None]})
 

@@ -8,7 +8,6 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -19,8 +18,9 @@ from serve.api.limits import Limits
 from serve.api.metrics import EncoderMetrics, Metrics
 from serve.engine.async_encoder import AsyncEncoder
 from serve.engine.async_engine import AsyncEngine, EngineDeadError, QueueFullError, Request
+from serve.engine.constraints import Constraint, GrammarError
 from serve.engine.encoder_models import EncoderInput
-from serve.engine.grammar import Grammar, GrammarError
+from serve.engine.grammar import TOO_SLOW, Grammar
 from serve.engine.sampling_params import SamplingParams
 from serve.engine.tokenizer import Tokenizer
 
@@ -120,8 +120,8 @@ class ServerState(ServedModel):
 
     engine: AsyncEngine
     metrics: Metrics
-    # One thread: however many schemas come at once, the engine keeps its processors.
-    _compiling: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammar"))
+    # One after the other: however many constraints come at once, the engine keeps its processors.
+    _compiling: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -143,18 +143,17 @@ class ServerState(ServedModel):
             return {}
         return {name: found[name] for name in GENERATION_KEYS if isinstance(found.get(name), int | float)}
 
-    async def grammar(self, schema: dict[str, Any] | None) -> Grammar | None:
-        """`schema` compiled, within the limits."""
-        if schema is None:
+    async def grammar(self, wanted: Constraint | None) -> Grammar | None:
+        """`wanted` compiled, within the limits."""
+        if wanted is None:
             return None
-        compiler = self.engine.engine.grammars
-        work = asyncio.get_running_loop().run_in_executor(self._compiling, compiler.compile, schema)
         try:
-            return await asyncio.wait_for(work, self.limits.compile_timeout)
+            async with asyncio.timeout(self.limits.compile_timeout), self._compiling:
+                return await self.engine.engine.grammars.compile_untrusted(wanted)
         except TimeoutError:
-            raise bad_request("the schema was not compiled in time; simplify it", "response_format", GRAMMAR) from None
+            raise bad_request(f"the {wanted.kind} cannot be used: {TOO_SLOW}", code=GRAMMAR) from None
         except GrammarError as error:
-            raise bad_request(str(error), "response_format", GRAMMAR) from None
+            raise bad_request(str(error), code=GRAMMAR) from None
 
     def submit(self, prompts: list[list[int]], params: SamplingParams) -> Request:
         """Queue a request, or say as HTTP why not."""

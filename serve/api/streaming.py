@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from serve.api.errors import APIError, error_body
 from serve.api.state import GRAMMAR, ClientGoneError, ServerState
 from serve.engine.async_engine import EngineDeadError
-from serve.engine.grammar import GrammarError
+from serve.engine.constraints import GrammarError
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,6 @@ def _failure(error: Exception) -> Chunk:
     if isinstance(error, EngineDeadError):
         return error_body(503, str(error), code="engine_dead")
     if isinstance(error, GrammarError):
-        return error_body(400, str(error), "response_format", GRAMMAR)
+        return error_body(400, str(error), code=GRAMMAR)
     logger.error("a stream failed", exc_info=error)
     return error_body(500, "the server failed while writing this answer", code="internal_error")

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from serve.engine.grammar import GrammarError
+from serve.engine.constraints import GrammarError
 from serve.engine.llm_engine import LLMEngine, StepOutput
 from serve.engine.sampling_params import SamplingParams
 

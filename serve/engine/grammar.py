@@ -1,20 +1,25 @@
-"""JSON schemas as grammars: which tokens may come next, by llguidance.
+"""Which tokens may come next, by llguidance, where an answer must keep to a JSON schema or the like.
 
-A schema is compiled once, in milliseconds, and kept for a while; every answer walks through its own copy. Size and
-complexity are bounded, because schemas come from clients. The library is imported, and its view of the tokenizer
-built, with the first schema.
+A constraint is compiled once, in milliseconds, and kept for a while; every answer walks through its own copy. Size and
+complexity are bounded, because constraints come from clients. The library is imported, and its view of the tokenizer
+built, with the first one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 import threading
+from asyncio.subprocess import DEVNULL, PIPE
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.engine import constraints
+from serve.engine.constraints import Constraint, GrammarError, build
 from serve.engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -22,16 +27,7 @@ if TYPE_CHECKING:
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_CACHED = 64
-# Between two parts of the JSON text: enough to indent it, not enough for a weak model to lose itself in.
-WHITESPACE = r"[ \n\t]{0,20}"
-# A tenth of the library's own bounds: some milliseconds of work for each step, a few hundred for compiling.
-LIMITS: dict[str, Any] = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 100_000, "step_max_items": 10_000}
-LIMITS |= {"max_lexer_states": 25_000, "max_grammar_size": 50_000}
-ANY_OBJECT: dict[str, Any] = {"type": "object"}
-
-
-class GrammarError(ValueError):
-    """The grammar cannot be compiled, or became too complex while an answer was written."""
+TOO_SLOW = "it takes too long to compile; simplify it"
 
 
 class Matcher:
@@ -58,11 +54,11 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError("the schema became too complex while the answer was written; simplify it")
+            raise GrammarError("what the answer must keep to became too complex while it was written; simplify it")
 
 
 class Grammar:
-    """A compiled schema, as sampling parameters hold it."""
+    """A compiled constraint, as sampling parameters hold it."""
 
     def __init__(self, compiled: LLMatcher) -> None:
         self._compiled = compiled
@@ -72,43 +68,34 @@ class Grammar:
 
 
 class GrammarCompiler:
-    """Compiles for one tokenizer, and remembers the schemas that were asked for last. May be used in any thread."""
+    """Compiles for one tokenizer, and remembers the constraints that came last. May be used in any thread."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos = sorted(eos_token_ids)
-        self._cache: OrderedDict[str, Grammar] = OrderedDict()
+        self._cache: OrderedDict[Constraint, Grammar] = OrderedDict()
         self._lock = threading.Lock()
         self._view: LLTokenizer | None = None
 
-    def compile(self, schema: dict[str, Any] | bool) -> Grammar:
-        """The grammar of JSON texts that `schema` accepts; GrammarError says what is wrong with the schema."""
-        text = json.dumps(schema)
-        if len(text) > MAX_SCHEMA_BYTES:
-            raise GrammarError(f"the schema has {len(text)} bytes; at most {MAX_SCHEMA_BYTES} are accepted")
+    async def compile_untrusted(self, wanted: Constraint) -> Grammar:
+        """`compile`, but first in a process of its own, which ends when that takes too long or nobody waits for it."""
+        _check_size(wanted)
+        if wanted not in self._cache:
+            await _try(wanted)
+        return await asyncio.to_thread(self.compile, wanted)
+
+    def compile(self, wanted: Constraint) -> Grammar:
+        """The grammar of texts that keep to `wanted`; GrammarError says what is wrong with it."""
+        _check_size(wanted)
         with self._lock:
-            grammar = self._cache.get(text)
+            grammar = self._cache.get(wanted)
             if grammar is None:
-                grammar = self._cache[text] = self._compile(text)
+                grammar = self._cache[wanted] = Grammar(build(self._tokens(), wanted))
                 if len(self._cache) > MAX_CACHED:
                     self._cache.popitem(last=False)
-            self._cache.move_to_end(text)
+            self._cache.move_to_end(wanted)
             return grammar
-
-    def _compile(self, schema: str) -> Grammar:
-        from llguidance import LLMatcher, LLParserLimits
-
-        overrides: Any = {"whitespace_pattern": WHITESPACE}
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=overrides)
-        except ValueError as error:
-            raise GrammarError(f"the schema cannot be used: {error}") from None
-        limits = LLParserLimits(verbose_errors=False, **LIMITS)
-        matcher = LLMatcher(self._tokens(), grammar, log_level=0, limits=limits)
-        if matcher.is_error():
-            raise GrammarError(f"the schema cannot be used: {matcher.get_error()}")
-        return Grammar(matcher)
 
     def _tokens(self) -> LLTokenizer:
         from llguidance import LLTokenizer
@@ -118,5 +105,28 @@ class GrammarCompiler:
                 vocab_size = max(self._vocab_size, self._tokenizer.vocab_size)
                 self._view = LLTokenizer(self._tokenizer.fast.to_str(), vocab_size, self._eos or None)
             except ValueError as error:
-                raise GrammarError(f"this model's tokenizer cannot be guided by a schema: {error}") from None
+                raise GrammarError(f"this model's tokenizer cannot be guided: {error}") from None
         return self._view
+
+
+def _check_size(wanted: Constraint) -> None:
+    if len(wanted.text) > MAX_SCHEMA_BYTES:
+        raise GrammarError(
+            f"the {wanted.kind} has {len(wanted.text)} characters; up to {MAX_SCHEMA_BYTES} are accepted"
+        )
+
+
+async def _try(wanted: Constraint) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-P", constraints.__file__, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
+    )
+    try:
+        said, _ = await process.communicate(json.dumps([wanted.kind, wanted.text]).encode())
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        raise GrammarError(f"the {wanted.kind} cannot be used: {TOO_SLOW}")
+    if said:
+        raise GrammarError(said.decode())

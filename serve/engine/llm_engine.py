@@ -21,8 +21,9 @@ from compressor import kernels
 from serve.engine.block_manager import BlockManager
 from serve.engine.compiled import BackgroundCompiler, CompiledStep, can_compile, program_path
 from serve.engine.config import EngineConfig, plan_cache
+from serve.engine.constraints import GrammarError
 from serve.engine.detokenizer import TextStream
-from serve.engine.grammar import GrammarCompiler, GrammarError
+from serve.engine.grammar import GrammarCompiler
 from serve.engine.model_runner import ModelRunner
 from serve.engine.models.decoder import Decoder
 from serve.engine.prompt_lookup import PromptLookup

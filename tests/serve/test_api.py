@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -288,6 +287,19 @@ def test_bad_completion_bodies_get_400(engine: LLMEngine) -> None:
         {"max_completion_tokens": 0},
         {"tool_choice": "required"},
         {"continue_final_message": True},
+        {"structured_outputs": {}},
+        {"structured_outputs": {"regex": "a", "grammar": "start: x"}},
+        {"structured_outputs": {"regex": "(a"}},
+        {"structured_outputs": {"grammar": "start: nothing"}},
+        {"structured_outputs": {"choice": []}},
+        {"structured_outputs": {"json_object": False}},
+        {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+        {"guided_regex": "a"},
+        {"guided_choice": ["a"]},
+        {"functions": [{"name": "f"}]},
+        {"function_call": "auto"},
+        {"bad_words": ["a"]},
+        {"allowed_token_ids": [1]},
         {"response_format": {"type": "json_schema"}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}}}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}},
@@ -314,14 +326,30 @@ def test_answers_keep_to_a_schema(engine: LLMEngine) -> None:
     assert "".join(part["choices"][0]["delta"].get("content", "") for part in parts) == whole["message"]["content"]
     plain = TEXT | {"max_tokens": 60, "guided_json": schema}
     assert set(json.loads(ask(engine, "/v1/completions", plain).json()["choices"][0]["text"])) == {"a"}
+    for own, text in (({"choice": ["cat", "dog"]}, {"cat", "dog"}), ({"regex": "a[bc]"}, {"ab", "ac"})):
+        [choice] = ask(engine, "/v1/completions", TEXT | {"structured_outputs": own}).json()["choices"]
+        assert choice["text"] in text
     start = ask(engine, "/v1/chat/completions", CHAT | {"response_format": {"type": "json_object"}}).json()
     assert start["choices"][0]["message"]["content"].startswith("{")
 
 
-def test_schema_that_takes_too_long_to_compile_is_400(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.grammars, "compile", lambda _: time.sleep(0.5))
-    body = CHAT | {"response_format": {"type": "json_object"}}
-    assert_error(ask(engine, "/v1/chat/completions", body, compile_timeout=0.05), 400, "invalid_schema")
+def test_schema_that_takes_too_long_to_compile_is_400_and_the_next_is_served(engine: LLMEngine) -> None:
+    patterns = [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrstuvwx"]
+    slow = CHAT | {"structured_outputs": {"json": {"allOf": patterns}}}
+
+    async def go() -> None:
+        async with serving(engine, compile_timeout=0.5) as client:
+            assert_error(await client.post("/v1/chat/completions", json=slow), 400, "invalid_schema")
+            client.state.limits.compile_timeout = 5.0
+            quick = CHAT | {"structured_outputs": {"json": {"const": 1}}}
+            assert (await client.post("/v1/chat/completions", json=quick)).status_code == 200
+
+    asyncio.run(go())
+
+
+def test_a_field_that_is_not_served_is_named_with_what_is(engine: LLMEngine) -> None:
+    error = ask(engine, "/v1/completions", TEXT | {"guided_regex": "a"}).json()["error"]
+    assert error["param"] == "guided_regex" and '{"regex": ...}' in error["message"]
 
 
 def test_content_parts_are_joined(engine: LLMEngine) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ import numpy as np
 import pytest
 
 from serve.engine import grammar as grammars
-from serve.engine.grammar import ANY_OBJECT, GrammarCompiler, GrammarError
+from serve.engine.constraints import ANY_OBJECT, Constraint, GrammarError
+from serve.engine.grammar import GrammarCompiler
 from serve.engine.llm_engine import LLMEngine
 from serve.engine.sampling_params import SamplingParams
 
@@ -34,7 +38,7 @@ def engine(tiny_folder: Callable[[str], Path]) -> LLMEngine:
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3, "top_p": 0.9}])
 def test_random_model_writes_what_the_schema_wants(engine: LLMEngine, settings: dict[str, Any]) -> None:
-    compiled = engine.grammars.compile(SCHEMA)
+    compiled = engine.grammars.compile(Constraint.schema(SCHEMA))
     params = SamplingParams(max_tokens=200, grammar=compiled, ignore_eos=True, **settings)
     for output in engine.generate([[5, 77], [130, 9, 60]], params):
         assert output.finish_reason == "stop"
@@ -56,6 +60,44 @@ def test_plain_answers_beside_guided_ones_stay_as_they_are(engine: LLMEngine) ->
 
 
 @pytest.mark.parametrize(
+    ("wanted", "texts"),
+    [
+        (Constraint("regex", "[ab]{3}c"), {"".join(letters) + "c" for letters in product("ab", repeat=3)}),
+        (Constraint("grammar", 'start: "x" tail\ntail: "y" | "z"'), {"xy", "xz"}),
+        (Constraint.choice(["a b", 'q"\n\x01', "\\☕"]), {"a b", 'q"\n\x01', "\\☕"}),
+    ],
+    ids=["regex", "grammar", "choice"],
+)
+def test_other_constraints(engine: LLMEngine, wanted: Constraint, texts: set[str]) -> None:
+    grammar = asyncio.run(engine.grammars.compile_untrusted(wanted))
+    params = SamplingParams(max_tokens=40, grammar=grammar, seed=1)
+    assert {output.text for output in engine.generate([[5, 77], [9], [60]], params)} <= texts
+
+
+def test_what_takes_hours_to_compile_is_given_up(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the time limit of the process that tries it, and when nobody waits for it; then the next one is compiled."""
+    patterns = [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrstuvwx"]
+    slow, quick = Constraint.schema({"allOf": patterns}), Constraint.schema({"const": "quick"})
+    tried: list[asyncio.subprocess.Process] = []
+    start = asyncio.create_subprocess_exec
+
+    async def note(*command: Any, **options: Any) -> asyncio.subprocess.Process:
+        tried.append(await start(*command, **options))
+        return tried[-1]
+
+    async def go() -> None:
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", note)
+        with pytest.raises(GrammarError, match="too long"):
+            await engine.grammars.compile_untrusted(slow)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.grammars.compile_untrusted(slow), 0.3)
+        assert [process.returncode for process in tried] == [-signal.SIGKILL] * 2
+        await engine.grammars.compile_untrusted(quick)
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
     "schema",
     [
         {"type": "wizard"},
@@ -69,17 +111,18 @@ def test_plain_answers_beside_guided_ones_stay_as_they_are(engine: LLMEngine) ->
 )
 def test_unusable_schemas_are_refused(engine: LLMEngine, schema: dict[str, Any]) -> None:
     with pytest.raises(GrammarError, match="schema"):
-        engine.grammars.compile(schema)
+        engine.grammars.compile(Constraint.schema(schema))
 
 
 def test_cache_is_bounded(engine: LLMEngine) -> None:
     compiler = GrammarCompiler(engine.tokenizer, 384, frozenset({2}))
-    first = compiler.compile({"const": 0})
-    assert compiler.compile({"const": 0}) is first
-    for number in range(1, grammars.MAX_CACHED + 1):
-        compiler.compile({"const": number})
+    zero, *others = (Constraint.schema({"const": number}) for number in range(grammars.MAX_CACHED + 1))
+    first = compiler.compile(zero)
+    assert compiler.compile(zero) is first
+    for other in others:
+        compiler.compile(other)
     assert len(compiler._cache) == grammars.MAX_CACHED
-    assert compiler.compile({"const": 0}) is not first
+    assert compiler.compile(zero) is not first
 
 
 def test_vocabulary_of_the_model_may_be_larger(engine: LLMEngine) -> None:
