@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.config import JsonDict, JsonValue
 from pydantic_core import PydanticCustomError
 
 from serve.engine.constraints import ANY_OBJECT, Constraint
@@ -101,6 +102,10 @@ class JsonSchema(Strict):
     strict: bool | None = None
 
 
+def _has(name: str, value: JsonDict) -> JsonValue:
+    return {"required": [name], "properties": {name: value}}
+
+
 class StructuredOutputs(BaseModel):
     """vLLM's name for what an answer must keep to: one of these; `grammar` is in Lark's notation."""
 
@@ -114,11 +119,8 @@ class StructuredOutputs(BaseModel):
         strict=True,
         extra="forbid",
         json_schema_extra={
-            "oneOf": [
-                {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
-                for name in ("json", "regex", "choice", "grammar")
-            ]
-            + [{"required": ["json_object"], "properties": {"json_object": {"const": True}}}]
+            "oneOf": [_has(name, {"not": {"type": "null"}}) for name in ("json", "regex", "choice", "grammar")]
+            + [_has("json_object", {"const": True})]
         },
     )
 
@@ -196,9 +198,8 @@ class SamplingFields(Strict):
     @classmethod
     def _not_served(cls, value: Any, info: ValidationInfo) -> Any:
         if value:
-            raise PydanticCustomError(
-                "not_served", "this is not served; {instead}", {"instead": INSTEAD[info.field_name]}
-            )
+            instead = INSTEAD[str(info.field_name)]
+            raise PydanticCustomError("not_served", "this is not served; {instead}", {"instead": instead})
         return None
 
     @model_validator(mode="after")
