@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 HEADER_SECONDS = 10.0
 MAX_HEADER_BYTES = 64 * 1024
 IDLE_POLL_SECONDS = 0.02
+WATCH_SECONDS = 0.5
 WARN_SECONDS = 60.0
 
 
@@ -57,7 +58,9 @@ class Server:
         loop.set_exception_handler(self._on_loop_error)
         self.engine.start()
         self.state.ready = True
+        watcher = asyncio.ensure_future(self._watch())
         await self._uvicorn.serve(sockets=[self.listener])
+        watcher.cancel()
         self.engine.stop()
         return 0 if self.engine.alive else 1
 
@@ -74,6 +77,12 @@ class Server:
         elif loop.time() > self._warned_at + WARN_SECONDS:
             self._warned_at = loop.time()
             logger.warning("no file descriptors are left, so new connections wait; raise the limit (ulimit -n)")
+
+    async def _watch(self) -> None:
+        """End the server when the engine fails, so that whoever runs it starts it again."""
+        while self.engine.alive:
+            await asyncio.sleep(WATCH_SECONDS)
+        self._uvicorn.should_exit = True
 
     def _on_signal(self) -> None:
         if self._drainer is not None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from serve.engine.async_engine import EngineDeadError, QueueFullError
 from serve.engine.encoder import EncoderEngine
 from serve.engine.encoder_models import EncoderInput
-from serve.engine.llm_engine import NotFiniteError
+from serve.engine.sampler import NotFiniteError
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from serve.engine.constraints import GrammarError
 from serve.engine.llm_engine import LLMEngine, StepOutput
 from serve.engine.sampling_params import SamplingParams
 
@@ -137,8 +136,8 @@ class AsyncEngine:
                 item = await request.outputs.get()
                 if isinstance(item, Exception):
                     raise item
-                if item[1].finish_reason == "error":
-                    raise GrammarError(str(item[1].stop_reason))
+                if item[1].error is not None:
+                    raise item[1].error
                 unfinished -= item[1].finish_reason is not None
                 yield item
         finally:

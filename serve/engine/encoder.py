@@ -21,7 +21,7 @@ from compressor.checkpoint import Checkpoint, check_manifest
 from compressor.checkpoint import read_json as checked_json
 from compressor.models import is_classifier
 from serve.engine.encoder_models import OFFSET, EncoderInput, EncoderModel, labels_of, load_encoder
-from serve.engine.llm_engine import NotFiniteError
+from serve.engine.sampler import NotFiniteError
 from serve.engine.tokenizer import Tokenizer, read_json
 
 PROBES = (9, 4)  # tokens of the self-test's sequences

@@ -27,7 +27,7 @@ from serve.engine.grammar import GrammarCompiler
 from serve.engine.model_runner import ModelRunner
 from serve.engine.models.decoder import Decoder
 from serve.engine.prompt_lookup import PromptLookup
-from serve.engine.sampler import Floats, Sampled, Sampler, logprobs_of
+from serve.engine.sampler import Floats, NotFiniteError, Sampled, Sampler, logprobs_of
 from serve.engine.sampling_params import SamplingParams
 from serve.engine.scheduler import Scheduled, Scheduler
 from serve.engine.sequence import Sequence, Status, TokenLogprobs
@@ -36,10 +36,6 @@ from serve.engine.transformers_model import TransformersRunner
 from serve.engine.weights import LoadedModel, load_model
 
 logger = logging.getLogger(__name__)
-
-
-class NotFiniteError(RuntimeError):
-    """The model produced NaN or infinite logits."""
 
 
 @dataclass(slots=True)
@@ -56,6 +52,7 @@ class StepOutput:
     num_generated: int = 0
     num_cached: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    error: Exception | None = None
 
 
 @dataclass
@@ -319,8 +316,10 @@ class LLMEngine:
             return self._output(seq, "", None, "length", None)
         try:
             sampled = self.sampler(logits_V, seq)
-        except GrammarError as error:
-            return self._output(seq, "", None, "error", str(error))
+        except (GrammarError, NotFiniteError) as error:
+            output = self._output(seq, "", None, "error", None)
+            output.error = error
+            return output
         seq.append(sampled.token)
         params, stream = seq.params, self._streams[seq.id]
         ends = sampled.token in params.stop_token_ids or (sampled.token in self.eos_token_ids and not params.ignore_eos)

@@ -25,6 +25,10 @@ Ints = NDArray[np.int64]
 NUCLEUS_DEPTH = 8.0
 
 
+class NotFiniteError(ValueError):
+    """The model produced NaN or infinite logits."""
+
+
 @dataclass(frozen=True)
 class Sampled:
     token: int
@@ -45,16 +49,20 @@ class Sampler:
         self._matchers.pop(seq.id, None)
 
     def __call__(self, raw_V: Floats, seq: Sequence) -> Sampled:
-        """The next token of `seq`, which it must get before it is asked for the one after."""
+        """The next token of `seq`, which it must get before it is asked for the one after.
+
+        GrammarError or NotFiniteError when there is none.
+        """
         params = seq.params
         if params.plain_greedy:
-            return Sampled(int(raw_V.argmax()))
+            return Sampled(_likeliest_one(raw_V))
         matcher = self._matcher(seq)
         logits_V = self._adjusted(raw_V, seq, matcher)
-        if params.greedy:
-            token = int(logits_V.argmax())
-        else:
-            token = self._draw(logits_V if params.temperature == 1.0 else logits_V / params.temperature, seq)
+        if not params.greedy and params.temperature != 1.0:
+            logits_V = logits_V / params.temperature
+        token = _likeliest_one(logits_V)
+        if not params.greedy:
+            token = self._draw(logits_V, seq)
         complete = False
         if matcher is not None:
             matcher.advance(token)
@@ -98,6 +106,13 @@ class Sampler:
             seed: Any = None if seq.params.seed is None else (seq.params.seed % 2**64, seq.index)
             generator = self._generators[seq.id] = np.random.Generator(np.random.PCG64(seed))
         return generator
+
+
+def _likeliest_one(logits_V: Floats) -> int:
+    token = int(logits_V.argmax())  # the first NaN, if there is one
+    if not math.isfinite(logits_V[token]):
+        raise NotFiniteError("the model gave NaN or infinite logits for this answer")
+    return token
 
 
 def candidates(logits_V: Floats, top_k: int, top_p: float, min_p: float) -> tuple[Floats, Ints | None]:

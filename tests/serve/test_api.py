@@ -500,6 +500,32 @@ def test_dead_engine_ends_streams_with_an_error(tiny_folder: Callable[[str], Pat
     asyncio.run(go())
 
 
+def test_answer_that_is_not_finite_fails_alone(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = engine.runner.sample_logits
+
+    def damaged(hidden: Any, step: list[Any]) -> Any:
+        logits = sample(hidden, step).clone()
+        sampling = [item.seq for item in step if item.samples]
+        for row, seq in enumerate(sampling):
+            if seq.params.top_p < 1:
+                logits[row, 7] = float("nan")
+        return logits
+
+    monkeypatch.setattr(engine.runner, "sample_logits", damaged)
+
+    async def go() -> None:
+        async with serving(engine) as client:
+            bad = TEXT | {"temperature": 1, "top_p": 0.9}
+            answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in (TEXT, bad, TEXT)))
+            assert [answer.status_code for answer in answers] == [200, 500, 200]
+            assert_error(answers[1], 500, "internal_error")
+            stream = await client.post("/v1/completions", json=bad | {"stream": True})
+            assert "internal_error" in stream.text and "[DONE]" not in stream.text
+            assert (await client.get("/health")).status_code == 200
+
+    asyncio.run(go())
+
+
 def test_metrics_count(engine: LLMEngine) -> None:
     before = engine.stats.generated_tokens
 

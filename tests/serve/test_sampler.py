@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from serve.engine.sampler import Sampler, candidates, logprobs_of
+from serve.engine.sampler import NotFiniteError, Sampler, candidates, logprobs_of
 from serve.engine.sampling_params import SamplingParams
 from serve.engine.sequence import Sequence
 
@@ -123,6 +123,15 @@ def test_logprobs_are_the_model_own() -> None:
     assert [token for token, _ in found.top] == [1, 3]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"min_p": 0.1}, {"logprobs": 1}])
+def test_logits_that_are_not_finite_are_told(bad: float, settings: dict[str, float]) -> None:
+    logits = LOGITS.copy()
+    logits[2] = bad
+    with pytest.raises(NotFiniteError):
+        Sampler(frozenset())(logits, Sequence([0], SamplingParams(**settings)))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -141,7 +150,7 @@ def test_logprobs_are_the_model_own() -> None:
         {"seed": 2**63},
         {"max_tokens": -1},
         {"presence_penalty": 3.0},
-        {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-38},
     ],
 )
 def test_parameters_out_of_range_are_refused(wrong: dict[str, object]) -> None:

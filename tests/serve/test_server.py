@@ -28,10 +28,12 @@ GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
 @contextmanager
-def server(folder: Path, *flags: str, **environment: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def server(
+    folder: Path, *flags: str, program: tuple[str, ...] = ("-m", "serve"), **environment: str
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A running server's URL and process."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "serve", str(folder), "--port", "0", "--kv-cache-gb", "0.02", "--eager", *flags],
+        [sys.executable, *program, str(folder), "--port", "0", "--kv-cache-gb", "0.02", "--eager", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -232,6 +234,26 @@ def test_few_descriptors_make_clients_wait(tiny_folder: Folder) -> None:
         process.terminate()
         assert process.stdout is not None
         assert len(process.stdout.read().splitlines()) < 20
+
+
+FAILING = """
+import sys
+from serve.cli import main
+from serve.engine.llm_engine import LLMEngine
+
+def step(engine):
+    raise RuntimeError("injected")
+
+LLMEngine.step = step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_failed_engine_ends_the_process(tiny_folder: Folder) -> None:
+    with server(tiny_folder("llama"), program=("-c", FAILING)) as (url, process):
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "The quick"})
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_dead"
+        assert process.wait(timeout=5) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
