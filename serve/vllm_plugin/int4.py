@@ -28,7 +28,7 @@ def takes(scheme: Scheme, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> 
 
 
 class StockInt4(nn.Module):
-    """`y = x W^T + b` by the kernel that vLLM chooses for the device and the shape.
+    """`y = x W^T` by the kernel that vLLM chooses for the device and the shape.
 
     Args:
         tensors: `weight_packed` [O, I / 2] and `weight_scale` [O, G] of the format int4.
@@ -59,9 +59,9 @@ class StockInt4(nn.Module):
         self.kernel = kernel(config, "weight_packed", "weight_scale", "weight_zero_point")
         self.kernel.process_weights_after_loading(self)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[..., O] in x's dtype."""
-        out: Tensor = self.kernel.apply_weights(self, x, bias)
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., O] in x's dtype; whoever has a bias adds it, because Marlin would want it in an order of its own."""
+        out: Tensor = self.kernel.apply_weights(self, x, None)
         return out
 
 

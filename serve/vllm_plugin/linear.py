@@ -1,7 +1,8 @@
-"""A linear of vLLM over packed weights: stored tensors come in by vLLM's own slices and leave in the kernel's layout.
+"""A linear of vLLM over packed weights: stored tensors come in as rows and columns and leave in the kernel's layout.
 
-Every stored tensor is [O, proportional to I], so q/k/v and gate/up are fused, and shared among tensor-parallel ranks,
-as plain rows and columns. A trained low-rank projection X [I / k, I] is the exception: each part has its own, whole.
+Every stored tensor is [O, proportional to I], so q/k/v and gate/up that are stored alike are one product, and shared
+among tensor-parallel ranks by vLLM's own slices. Where they differ, or have a trained low-rank projection X [I / k, I],
+which each needs whole, a layer consists of parts with parameters of their own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from serve.engine.models.linears import KernelLinear, PlainLinear, packed_linear
 from serve.vllm_plugin import int4
 
 _PROJECTION = "low_rank_a"
-_PARTS = {"q": 0, "k": 1, "v": 2}
+_SHARDS = {"q": 0, "k": 1, "v": 2}
+"""The names that vLLM has for modules of an attention's fused layer; those of others it numbers."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a rank keeps of one stored tensor: its width, and whether the ranks share the columns."""
+    """What a rank keeps of one stored tensor: its width, whether the ranks share the columns, and rows of its own."""
 
     width: int
     dtype: torch.dtype
     shared: bool
+    rows: int | None = None  # as many as the part has
 
 
 class HalfweightLinearMethod(LinearMethodBase):  # type: ignore[misc]
@@ -71,49 +74,36 @@ class HalfweightLinearMethod(LinearMethodBase):  # type: ignore[misc]
     ) -> None:
         """Registers a parameter for each stored tensor, filled with what is refused unless it is loaded."""
         layer.parts = parts_of(self.schemes, output_partition_sizes, self.prefix)
-        for name, stored in self._stored(input_size_per_partition, input_size, params_dtype).items():
-            rows = sum(output_partition_sizes)
-            own = {"output_dim": 0, "weight_loader": attributes["weight_loader"]}
-            if stored.shared:
-                own["input_dim"] = 1
-            if name == _PROJECTION:
-                rows = len(layer.parts) * self._rank(input_size)
-                own = {"weight_loader": projection_loader(layer, stored.shared)}
-            parameter = nn.Parameter(unloaded((rows, stored.width), stored.dtype), requires_grad=False)
-            set_weight_attrs(parameter, own)
-            layer.register_parameter(name, parameter)
+        layer.stored = [{} for _ in layer.parts]
+        for number, part in enumerate(layer.parts):
+            for name, stored in self._stored(part, input_size_per_partition, input_size, params_dtype).items():
+                tensor = unloaded((stored.rows or part.stop - part.start, stored.width), stored.dtype)
+                if len(layer.parts) > 1:  # what vLLM finds by the name takes each module's tensor to its part
+                    layer.stored[number][name] = f"{name}_{number}"
+                    register(layer, f"{name}_{number}", tensor)
+                    loader = shard_loader(layer, name, output_partition_sizes)
+                    register(layer, name, torch.empty(0), weight_loader=loader)
+                    continue
+                layer.stored[number][name] = name
+                sides = ({"output_dim": 0} if stored.rows is None else {}) | ({"input_dim": 1} if stored.shared else {})
+                register(layer, name, tensor, weight_loader=attributes["weight_loader"], **sides)
 
-    def _stored(self, columns: int, all_columns: int, dtype: torch.dtype) -> dict[str, Stored]:
-        found: dict[str, Stored] = {}
-        for scheme in self.schemes:
-            try:
-                new = stored_tensors(scheme, columns, all_columns, dtype)
-            except ValueError as error:
-                share = "" if columns == all_columns else f" ({columns} of its {all_columns} inputs on each rank)"
-                raise ValueError(f"{self.prefix}{share}: {error}") from None
-            if any(found.get(name, stored) != stored for name, stored in new.items()):
-                raise ValueError(f"{self.prefix} is fused of modules in different packed formats; only plain ones mix")
-            found |= new
-        return found
-
-    def _rank(self, all_columns: int) -> int:
-        [branch] = {scheme.low_rank for scheme in self.schemes if scheme is not None}
-        assert branch is not None
-        return all_columns // branch.segment
+    def _stored(self, part: Part, columns: int, all_columns: int, dtype: torch.dtype) -> dict[str, Stored]:
+        try:
+            return stored_tensors(part.scheme, columns, all_columns, dtype)
+        except ValueError as error:
+            share = "" if columns == all_columns else f" ({columns} of its {all_columns} inputs on each rank)"
+            raise ValueError(f"{self.prefix}{share}: {error}") from None
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Takes the stored tensors to the kernel's layout, part by part, and frees them."""
         if hasattr(layer, "packed"):
             return
-        stored = {name: parameter.data for name, parameter in layer.named_parameters(recurse=False) if name != "bias"}
-        projections = stored.pop(_PROJECTION, None)
         layer.packed = nn.ModuleList()
-        for number, part in enumerate(layer.parts):
-            tensors = {name: tensor[part.start : part.stop] for name, tensor in stored.items()}
-            if projections is not None:
-                tensors[_PROJECTION] = projections.chunk(len(layer.parts))[number]
+        for part, names in zip(layer.parts, layer.stored, strict=True):
+            tensors = {name: getattr(layer, own).data for name, own in names.items()}
             layer.packed.append(self._packed(part.scheme, tensors, layer.params_dtype))
-        for name in [*stored, *([] if projections is None else [_PROJECTION])]:
+        for name in [name for name, _ in layer.named_parameters(recurse=False) if name != "bias"]:
             delattr(layer, name)
         # By this name vLLM's adapters find a layer's device.
         layer.weight_packed = next(chain(layer.packed.buffers(), layer.packed.parameters())).data
@@ -121,7 +111,7 @@ class HalfweightLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def _packed(self, scheme: Scheme | None, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
         if scheme is not None and int4.takes(scheme, tensors, dtype):
             with suppress(ValueError):  # no kernel of vLLM's takes it
-                return int4.StockInt4(checked(tensors, list(tensors), self.prefix), scheme.group_size, dtype)
+                return int4.StockInt4(checked(tensors, self.prefix), scheme.group_size, dtype)
         return packed_part(scheme, tensors, self.prefix)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -165,7 +155,7 @@ def stored_tensors(scheme: Scheme | None, columns: int, all_columns: int, dtype:
             raise ValueError(
                 f"{scheme.format} stores {name} in bytes of several inputs, which a rank's share would cut"
             )
-        found[name] = Stored(width, kind, width != total)
+        found[name] = Stored(width, kind, width != total, whole[name][0][0] if name == _PROJECTION else None)
     return found
 
 
@@ -174,19 +164,32 @@ def _spec(scheme: Scheme, columns: int) -> Spec:
     return make_format(scheme).spec(1, columns) | branch
 
 
+def register(layer: nn.Module, name: str, tensor: Tensor, **attributes: Any) -> None:
+    """A parameter with the attributes that vLLM's loaders look for."""
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    set_weight_attrs(parameter, attributes)
+    layer.register_parameter(name, parameter)
+
+
 def unloaded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory that `checked` refuses until it is loaded: NaN, or 0, which no pair of 2:4 positions is."""
     return torch.full(shape, torch.nan, dtype=dtype) if dtype.itemsize > 1 else torch.zeros(shape, dtype=dtype)
 
 
-def projection_loader(layer: Any, shared: bool) -> Callable[..., None]:
-    """Loads one part's trained projection below those of the parts before it."""
+def shard_loader(layer: Any, name: str, sizes: Sequence[int]) -> Callable[..., None]:
+    """Loads one module's rows of a stored tensor into the part that they belong to."""
 
-    def load(parameter: nn.Parameter, loaded: Tensor, part: str | int | None = None) -> None:
-        number = part if isinstance(part, int) else _PARTS.get(part or "q", 0)
-        width = parameter.shape[1]
-        columns = loaded.narrow(1, layer.tp_rank * width, width) if shared else loaded
-        parameter.data.chunk(len(layer.parts))[number].copy_(columns)
+    def load(_: nn.Parameter, loaded: Tensor, shard: str | int) -> None:
+        module = _SHARDS[shard] if isinstance(shard, str) else shard
+        start, rows = sum(sizes[:module]), sizes[module]
+        [number] = [n for n, part in enumerate(layer.parts) if part.start <= start < part.stop]
+        target = getattr(layer, layer.stored[number][name])
+        if name != _PROJECTION:
+            copies = layer.num_kv_head_replicas if shard in ("k", "v") else 1
+            loaded = loaded.narrow(0, layer.tp_rank // copies * rows, rows)
+            target = target.narrow(0, start - layer.parts[number].start, rows)
+        assert target.shape == loaded.shape, (name, shard, target.shape, loaded.shape)
+        target.data.copy_(loaded)
 
     return load
 
@@ -194,10 +197,8 @@ def projection_loader(layer: Any, shared: bool) -> Callable[..., None]:
 def packed_part(scheme: Scheme | None, tensors: Mapping[str, Tensor], prefix: str) -> nn.Module:
     """The module that computes with loaded tensors; ValueError where one is missing or breaks its format."""
     if scheme is None:
-        checked(tensors, ["weight"], prefix)
-        return PlainLinear(tensors["weight"].clone(), None)
-    names = [name for name in _spec(scheme, 1024) if name in tensors]
-    own = checked(tensors, names, prefix)
+        return PlainLinear(checked(tensors, prefix)["weight"], None)
+    own = checked(tensors, prefix)
     weight = {name: tensor for name, tensor in own.items() if name.startswith("weight")}
     packed = make_format(scheme)
     try:
@@ -215,13 +216,12 @@ def packed_part(scheme: Scheme | None, tensors: Mapping[str, Tensor], prefix: st
     return linear
 
 
-def checked(tensors: Mapping[str, Tensor], names: Sequence[str], prefix: str) -> dict[str, Tensor]:
-    """The named tensors; ValueError where one holds NaN or infinity, as those do that were never loaded."""
-    for name in names:
-        tensor = tensors[name]
+def checked(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors; ValueError where one holds NaN or infinity, as those do that were never loaded."""
+    for name, tensor in tensors.items():
         if tensor.dtype.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{prefix}: {name} is missing in the checkpoint, or holds NaN or infinity")
-    return {name: tensors[name] for name in names}
+    return dict(tensors)
 
 
 def run(linear: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -229,7 +229,5 @@ def run(linear: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(linear, KernelLinear):
         out: Tensor = torch.ops.halfweight.linear.default(x, linear.weight, bias, linear.low_rank, False)
         return out
-    if isinstance(linear, int4.StockInt4):
-        return linear(x, bias)
     y: Tensor = linear(x)
     return y if bias is None else y + bias.to(y.dtype)
