@@ -230,7 +230,7 @@ def _add_token_routes(app: FastAPI, state: ServedModel) -> None:
             messages = [message.for_template() for message in body.messages]
             text = await render(state, messages, add_generation_prompt=body.add_generation_prompt is not False)
             special = bool(body.add_special_tokens)
-        tokens = await state.encode(text or "", special)
+        [tokens] = await state.encode([text or ""], special)
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": state.max_model_len})
 
     @app.post(
@@ -243,6 +243,6 @@ def _add_token_routes(app: FastAPI, state: ServedModel) -> None:
         body = await read_body(request, schema.DetokenizeRequest)
         state.check_model(body.model)
         vocab = state.vocab_size
-        if any(token >= vocab for token in body.tokens):
+        if max(body.tokens, default=0) >= vocab:
             raise bad_request(f"token ids must be below {vocab}, the size of the vocabulary", param="tokens")
-        return JSONResponse({"prompt": state.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return JSONResponse({"prompt": await state.decode(body.tokens)})

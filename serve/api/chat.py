@@ -51,7 +51,8 @@ class ChatCompletion:
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
         variables: dict[str, Any] = {"add_generation_prompt": body.add_generation_prompt is not False}
         text = await render(self.state, [m.for_template() for m in body.messages], tools=tools or None, **variables)
-        return await self.state.encode(text, add_special_tokens=False)
+        [tokens] = await self.state.encode([text], add_special_tokens=False)
+        return tokens
 
     async def answer(self, request: Request) -> Json:
         answers = [Answer() for _ in range(request.num_answers)]

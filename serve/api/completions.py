@@ -80,8 +80,9 @@ class Completion:
 
     async def _encode(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
         given: list[Any] = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
-        special = self.body.add_special_tokens is not False
-        return [await self.state.encode(one, special) if isinstance(one, str) else list(one) for one in given]
+        if isinstance(given[0], str):
+            return await self.state.encode(given, self.body.add_special_tokens is not False)
+        return given
 
     async def answer(self, request: Request) -> Json:
         answers = [Answer() for _ in range(request.num_answers)]

@@ -6,6 +6,7 @@ none of that may reach the engine.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from functools import cache
@@ -16,6 +17,7 @@ from starlette.requests import Request
 
 from serve.api.errors import APIError, bad_request
 
+SHORT_BODY = 64 * 1024  # longer ones are read in a worker thread, so that others are served meanwhile
 MAX_DEPTH = 64
 MAX_PLACE = 100
 TOO_DEEP = f"the body is nested deeper than {MAX_DEPTH} levels"
@@ -26,7 +28,10 @@ async def read_body(request: Request, kind: type[Model]) -> Model:
     media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media != "application/json":
         raise APIError(415, f"send application/json, not {media[:80]!r}", code="unsupported_media_type")
-    return validate(parse_json(await request.body()), kind)
+    body = await request.body()
+    if len(body) <= SHORT_BODY:
+        return validate(parse_json(body), kind)
+    return await asyncio.to_thread(lambda: validate(parse_json(body), kind))
 
 
 def parse_json(body: bytes) -> Any:

@@ -26,8 +26,8 @@ from serve.engine.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-# Texts shorter than this are tokenized on the spot; longer ones in a worker thread, so that others are served
-# meanwhile.
+# Texts that are shorter together are tokenized on the spot, and fewer tokens turned into text; more in a worker
+# thread, so that others are served meanwhile.
 SHORT_TEXT = 4096
 GRAMMAR = "invalid_schema"
 TOO_LONG = "context_length_exceeded"
@@ -85,15 +85,22 @@ class ServedModel(ABC):
                 code="model_not_found",
             )
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        if len(text) > self.max_model_len * self.tokenizer.longest_token:
+    async def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        longest = max(map(len, texts))
+        if longest > self.max_model_len * self.tokenizer.longest_token:
             raise bad_request(
-                f"the prompt has {len(text)} characters and cannot fit into {self.max_model_len} tokens",
-                code=TOO_LONG,
+                f"the prompt has {longest} characters and cannot fit into {self.max_model_len} tokens", code=TOO_LONG
             )
-        if len(text) < SHORT_TEXT:
-            return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+
+        def work() -> list[list[int]]:
+            return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
+
+        return work() if sum(map(len, texts)) < SHORT_TEXT else await asyncio.to_thread(work)
+
+    async def decode(self, tokens: list[int]) -> str:
+        if len(tokens) < SHORT_TEXT:
+            return self.tokenizer.decode(tokens, skip_special_tokens=False)
+        return await asyncio.to_thread(self.tokenizer.decode, tokens, skip_special_tokens=False)
 
     async def while_connected(self, http: HTTPRequest, work: Coroutine[Any, Any, T]) -> T:
         """`work`'s result; it is cancelled when the client hangs up or the time is over."""

@@ -119,9 +119,13 @@ class AsyncEngine:
         for prompt in prompts:
             self.engine.check_prompt(prompt)
         self.engine.check_params(params)
-        request = Request(prompts, params)
-        # A request larger than the whole queue is let in when nothing else waits: it could never be served otherwise.
-        if self._unanswered and self._unanswered + request.num_answers > self.max_queue + self.engine.max_num_seqs:
+        request, room = Request(prompts, params), self.max_queue + self.engine.max_num_seqs
+        if request.num_answers > room:
+            raise ValueError(
+                f"the request asks for {request.num_answers} answers, but this server takes up to {room} at once; "
+                "send fewer prompts, or a smaller n"
+            )
+        if self._unanswered + request.num_answers > room:
             raise QueueFullError(f"{self._unanswered} answers are computed or waiting already; try again later")
         self._open.add(request)
         self._unanswered += request.num_answers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serve.api import parsing
 from serve.api.app import build_app
 from serve.api.limits import Gate, Limits
 from serve.api.metrics import Metrics
@@ -209,6 +211,31 @@ def test_stop_string_ends_the_text(engine: LLMEngine) -> None:
     assert choice["text"] == text[: text.index(stop)]
     assert choice["finish_reason"] == "stop"
     assert choice["stop_reason"] == stop
+
+
+def test_long_work_is_done_beside_the_event_loop(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is divided: many short prompts, many tokens, a body of many numbers."""
+    threads: list[threading.Thread] = []
+
+    def noting(work: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*given: Any, **named: Any) -> Any:
+            threads.append(threading.current_thread())
+            return work(*given, **named)
+
+        return noted
+
+    monkeypatch.setattr(engine.tokenizer, "encode", noting(engine.tokenizer.encode))
+    monkeypatch.setattr(engine.tokenizer, "decode", noting(engine.tokenizer.decode))
+    monkeypatch.setattr(parsing, "parse_json", noting(parsing.parse_json))
+    for path, body in (
+        ("/v1/completions", TEXT | {"prompt": ["word " * 20] * 50, "max_tokens": 0}),
+        ("/detokenize", {"tokens": [7] * 5000}),
+        ("/detokenize", {"tokens": [5] * 50_000}),
+    ):
+        threads.clear()
+        assert ask(engine, path, body).status_code == 200
+        assert threading.main_thread() not in threads[1:]  # the first reads the body
+    assert threading.main_thread() not in threads
 
 
 BAD_BODIES = [
@@ -450,6 +477,15 @@ def test_full_queue_is_429(engine: LLMEngine) -> None:
     for response in refused:
         assert_error(response, 429, "queue_full")
         assert int(response.headers["retry-after"]) > 0
+
+
+def test_more_answers_than_the_queue_holds_are_400(engine: LLMEngine) -> None:
+    room = 4 + engine.max_num_seqs
+    body = TEXT | {"max_tokens": 1, "prompt": ["a"] * (room // 4), "n": 4}
+    assert ask(engine, "/v1/completions", body, max_queue=4).status_code == 200
+    refused = ask(engine, "/v1/completions", body | {"n": 5}, max_queue=4)
+    assert_error(refused, 400)
+    assert f"asks for {room // 4 * 5} answers" in refused.text and f"up to {room}" in refused.text
 
 
 def test_time_limit_ends_the_answer(engine: LLMEngine) -> None:
