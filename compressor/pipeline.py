@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -184,13 +184,13 @@ def reconstruct(
     if settings is None or text is None:
         return
     with main_first():
-        start, end = _reconstructed(sparse, lambda: load_model(folder), settings, recipe, text, result, report)
+        start, end = _reconstructed(sparse, load_model(folder), settings, recipe, text, result, report)
     result.figures |= {"block_error_one_shot": start, "block_error_reconstructed": end}
 
 
 def _reconstructed(
     sparse: SparseModel,
-    teacher: Callable[[], Any],
+    teacher: Any,
     settings: ReconstructionSettings,
     recipe: Recipe,
     text: TextBlocks,
@@ -206,21 +206,18 @@ def _reconstructed(
     scales = [sparse.scales[name] for name in sorted(sparse.scales)]
     record = {stage: asdict(settings), "precision": precision}
     identity = identity_of(sparse.model, masks, [examples, *scales], record)
-    kept = work_folder(result.out) / f"{stage}.safetensors"
-    errors = reconstruction.load_trained(kept, sparse.model, masks, identity)
-    if errors is None:
-        errors = reconstruction.reconstruct(
-            sparse.model,
-            teacher(),
-            {name: sparse.model.get_submodule(name) for name in masks},
-            masks,
-            examples,
-            settings,
-            grids=grids,
-            precision=precision,
-            report=lambda done, total, figures: report(stage, done, total, _rounded_all(figures)),
-        )
-        reconstruction.save_trained(kept, sparse.model, masks, identity, errors)
+    errors = reconstruction.reconstruct(
+        sparse.model,
+        teacher,
+        {name: sparse.model.get_submodule(name) for name in masks},
+        masks,
+        examples,
+        settings,
+        grids=grids,
+        precision=precision,
+        kept=reconstruction.KeptBlocks(work_folder(result.out) / stage, identity),
+        report=lambda done, total, figures: report(stage, done, total, _rounded_all(figures)),
+    )
     return round(fmean(start for start, _ in errors), 4), round(fmean(end for _, end in errors), 4)
 
 
@@ -307,7 +304,7 @@ def quantize(sparse: SparseModel, recipe: Recipe, text: TextBlocks | None, resul
         if settings is None or unrounded is None:
             return
         grids = rounding_grids(sparse, unrounded, result.plan, text.blocks[: recipe.quantization.samples])
-        start, end = _reconstructed(sparse, lambda: unrounded, settings, recipe, text, result, report, grids)
+        start, end = _reconstructed(sparse, unrounded, settings, recipe, text, result, report, grids)
         result.figures |= {"block_error_rounded": start, "block_error_rebuilt": end}
 
 

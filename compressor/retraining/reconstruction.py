@@ -12,10 +12,12 @@ No head, no teacher pass for the whole depth, one block's activations at a time:
 half of a pass of distillation, and memory is bounded by the hidden states of the samples.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +78,7 @@ def reconstruct(
     *,
     grids: Mapping[str, Transform] | None = None,
     precision: str = "auto",
+    kept: KeptBlocks | None = None,
     report: Report | None = None,
 ) -> list[tuple[float, float]]:
     """Train the blocks of a pruned model in place; masks stay as they are, and a block that came out worse stays too.
@@ -84,6 +87,7 @@ def reconstruct(
         linears: the sparse linears by name; `masks` [O, I] under the same names.
         grids: by the same names, what a block is to see of the linear's weight (straight-through): its packed values.
         tokens_NL: blocks of text, at least `settings.samples`.
+        kept: where each block is kept once it is trained; those that are there already are taken as they are.
         report: called after every block with its number, how many there are, and the error before and after.
 
     Returns:
@@ -92,6 +96,8 @@ def reconstruct(
     batches = list(tokens_NL[: settings.samples].split(settings.batch))
     device = training_device()
     names = blocks_of(teacher, {name: teacher.get_submodule(name) for name in linears})
+    if kept is not None and (done := kept.load_all(model, names)) is not None:
+        return done
     errors = []
     with (
         _computing_in(model, device, compute_dtype(precision, device)) as trained,
@@ -107,6 +113,13 @@ def reconstruct(
             with torch.no_grad():
                 dense = [call.run(dense_block, hidden) for call, hidden in zip(own, dense, strict=True)]
             inside = {linear: module for linear, module in linears.items() if linear.startswith(name + ".")}
+            found = None if kept is None else kept.load(name, block)
+            if found is not None:
+                (start, end), changed = found
+                _, sparse = _outputs(block, own, sparse, dense)
+                trained.update(changed)
+                errors.append((start, end))
+                continue
             entries = _entries(name, block, inside, masks, grids or {})
             given = sparse
             start, sparse = _outputs(block, own, given, dense)
@@ -121,10 +134,63 @@ def reconstruct(
                         entry.parameter.data.copy_(values)
                     end, sparse = _outputs(block, own, given, dense)
                 trained.update(entry.parameter for entry in entries)
+            if kept is not None:
+                kept.save(name, block, [entry.parameter for entry in entries if inside], (start, end))
             errors.append((start, end))
             if report is not None:
                 report(index + 1, len(names), {"before": start, "after": end})
     return errors
+
+
+@dataclass(frozen=True)
+class KeptBlocks:
+    """Trained blocks on disk, a file each, whole or not at all: a run that is killed goes on with the next block.
+
+    Args:
+        identity: of everything that decides what comes out; files of another are not looked at.
+    """
+
+    folder: Path
+    identity: str
+
+    def save(self, name: str, block: nn.Module, trained: Collection[nn.Parameter], errors: tuple[float, float]) -> None:
+        """Keep what was trained of a block."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        wanted = {id(parameter) for parameter in trained}
+        tensors = {key: p.detach().cpu().contiguous() for key, p in block.named_parameters() if id(p) in wanted}
+        scratch = self._file(name).with_suffix(".part")
+        save_file(tensors, scratch, metadata={"identity": self.identity, "errors": json.dumps(errors)})
+        sync(scratch)
+        os.replace(scratch, self._file(name))
+
+    @torch.no_grad()
+    def load(self, name: str, block: nn.Module) -> tuple[tuple[float, float], list[nn.Parameter]] | None:
+        """Put a block's parameters back; its errors before and after, and which they are. None where none is kept."""
+        if not self._holds(name):
+            return None
+        with safe_open(self._file(name), framework="pt") as file:
+            changed = []
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                changed.append(block.get_parameter(key))
+                changed[-1].copy_(file.get_tensor(key))
+            start, end = json.loads(file.metadata()["errors"])
+        return (start, end), changed
+
+    def load_all(self, model: nn.Module, names: Iterable[str]) -> list[tuple[float, float]] | None:
+        """Put all blocks back and give their errors, where every one is kept."""
+        if not all(self._holds(name) for name in names):
+            return None
+        found = [self.load(name, model.get_submodule(name)) for name in names]
+        return [errors for errors, _ in filter(None, found)]
+
+    def _holds(self, name: str) -> bool:
+        if not self._file(name).is_file():
+            return False
+        with safe_open(self._file(name), framework="pt") as file:
+            return bool(file.metadata()["identity"] == self.identity)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
 
 @contextmanager
@@ -214,40 +280,3 @@ def _outputs(
     outputs = [call.run(block, hidden) for call, hidden in zip(calls, inputs, strict=True)]
     shares = [float(_relative(output, target)) for output, target in zip(outputs, targets, strict=True)]
     return sum(shares) / len(shares), outputs
-
-
-def save_trained(
-    path: Path, model: nn.Module, masks: Mapping[str, Tensor], identity: str, errors: list[tuple[float, float]]
-) -> None:
-    """Keep what `reconstruct` has trained, whole or not at all, for a run that is killed later and started again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.part")
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in _trained(model, masks).items()}
-    save_file(tensors, scratch, metadata={"identity": identity, "errors": json.dumps(errors)})
-    sync(scratch)
-    os.replace(scratch, path)
-
-
-@torch.no_grad()
-def load_trained(
-    path: Path, model: nn.Module, masks: Mapping[str, Tensor], identity: str
-) -> list[tuple[float, float]] | None:
-    """Put back what `save_trained` kept under the same identity; its errors, or None if there is no such thing."""
-    if not path.is_file():
-        return None
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        if metadata["identity"] != identity:
-            return None
-        for name, parameter in _trained(model, masks).items():
-            parameter.copy_(file.get_tensor(name))
-    return [(before, after) for before, after in json.loads(metadata["errors"])]
-
-
-def _trained(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The parameters that `_entries` trains, and the norms and biases outside of blocks."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 1 or name.removesuffix(".weight") in masks
-    }

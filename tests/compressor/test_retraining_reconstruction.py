@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,10 @@ from compressor.formats import make_format
 from compressor.quantizers import IntegerGrid, rtn, snap
 from compressor.retraining import text_loss
 from compressor.retraining.reconstruction import (
+    KeptBlocks,
     ReconstructionSettings,
     _relative,
-    load_trained,
     reconstruct,
-    save_trained,
 )
 from compressor.scheme import Scheme
 from tests.retraining import gpt2, linears_of, llama, masks_of, opt, text
@@ -98,18 +98,31 @@ def test_bad_settings_are_refused() -> None:
         ReconstructionSettings(passes=0)
 
 
-def test_what_was_trained_is_put_back_only_where_it_belongs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed_after", [1, 2])
+def test_a_killed_run_goes_on_with_the_next_block(killed_after: int, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    model = llama()
-    masks = masks_of(linears_of(model))
-    fresh = copy.deepcopy(model)
-    errors = reconstruct(model, copy.deepcopy(model), linears_of(model), masks, text(), SETTINGS, precision="fp32")
-    kept = tmp_path / "work" / "reconstructed.safetensors"
-    assert load_trained(kept, fresh, masks, "this run") is None
-    save_trained(kept, model, masks, "this run", errors)
-    before = copy.deepcopy(fresh.state_dict())
-    assert load_trained(kept, fresh, masks, "another run") is None
-    assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
-    assert load_trained(kept, fresh, masks, "this run") == errors
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in fresh.state_dict().items())
-    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+
+    class Killed(Exception):
+        pass
+
+    def kill(done: int, *_: object) -> None:
+        if done == killed_after:
+            raise Killed
+
+    def run(model: nn.Module, identity: str, report: Any = None) -> tuple[Any, list[int]]:
+        seen: list[int] = []
+        errors = reconstruct(
+            model, llama(), linears_of(model), masks_of(linears_of(llama())), text(), SETTINGS, precision="bf16",
+            kept=KeptBlocks(tmp_path, identity), report=report or (lambda done, *_: seen.append(done)),
+        )  # fmt: skip
+        return errors, seen
+
+    whole = llama()
+    errors, _ = run(whole, "undisturbed")
+    with pytest.raises(Killed):
+        run(llama(), "this run", kill)
+    resumed = llama()
+    assert run(resumed, "this run") == (errors, list(range(killed_after + 1, 3)))
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in resumed.state_dict().items())
+    assert run(llama(), "another run")[1] == [1, 2]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".safetensors"] * 2
