@@ -66,6 +66,7 @@ def _split(given: list[str]) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _options(values: dict[str, Any]) -> ServeOptions:
+    values["given"] = frozenset(values)
     values["api_key"] = values.get("api_key") or os.environ.get("HALFWEIGHT_API_KEY") or None
     return ServeOptions(**values)
 

