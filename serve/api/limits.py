@@ -36,12 +36,13 @@ class Limits:
 
 
 class Gate:
-    """ASGI middleware; `draining` is switched on by the server when it is told to stop."""
+    """ASGI middleware; `draining` is switched on by the server when it is told to stop; `num_open` are being served."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, limits: Limits) -> None:
         self.app = app
         self.limits = limits
         self.draining = False
+        self.num_open = 0
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,7 +60,11 @@ class Gate:
             return
         except _GoneError:
             return
-        await self.app(scope, _replay(body, receive), send)
+        self.num_open += 1
+        try:
+            await self.app(scope, _replay(body, receive), send)
+        finally:
+            self.num_open -= 1
 
     def _check_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] in OPEN_ROUTES:

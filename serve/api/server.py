@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import signal
 import socket
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from serve.options import ServeOptions
 logger = logging.getLogger(__name__)
 
 HEADER_SECONDS = 10.0
+SEND_SECONDS = 60.0
 MAX_HEADER_BYTES = 64 * 1024
 IDLE_POLL_SECONDS = 0.02
 WATCH_SECONDS = 0.5
@@ -93,14 +95,19 @@ class Server:
         self._drainer = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
-        """Let open answers finish, for a while; then exit."""
-        if self.engine.num_open:
-            logger.warning("stopping: %d answers are finishing; again to stop now", self.engine.num_open)
+        """Let open answers finish, and reach their clients, for a while; then exit."""
+        if self.gate.num_open:
+            logger.warning("stopping: %d answers are finishing; again to stop now", self.gate.num_open)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.options.shutdown_timeout):
-                while self.engine.num_open and self.engine.alive:
+                while self.gate.num_open or self._unsent():
                     await asyncio.sleep(IDLE_POLL_SECONDS)
         self._uvicorn.should_exit = True
+
+    def _unsent(self) -> bool:
+        """Whether a client has not read all of its answer yet."""
+        connections = self._uvicorn.server_state.connections
+        return any(isinstance(one, HttpToolsProtocol) and one.flow.write_paused for one in connections)
 
     def _config(self) -> uvicorn.Config:
         options = self.options
@@ -137,8 +144,13 @@ class _Uvicorn(uvicorn.Server):
 
 
 class DeadlineProtocol(HttpToolsProtocol):
-    """Closes connections whose requests have too large a head, or one that takes longer than HEADER_SECONDS."""
+    """Closes connections whose requests have too large a head, or one that takes longer than HEADER_SECONDS.
 
+    And those of clients that read nothing of an answer for SEND_SECONDS: what waits for the system to take is looked at
+    so often, and must have become less.
+    """
+
+    _reading: asyncio.TimerHandle | None = None
     _deadline: asyncio.TimerHandle | None = None
     _between_requests = True
     _untold = (
@@ -148,6 +160,27 @@ class DeadlineProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._deadline = self.loop.call_later(HEADER_SECONDS, self._too_slow)
+        transport.set_write_buffer_limits(high=1, low=0)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._look(math.inf)
+
+    def resume_writing(self) -> None:
+        self._stop_looking()
+        super().resume_writing()
+
+    def _look(self, unsent: float) -> None:
+        size = self.transport.get_write_buffer_size()
+        if size >= unsent:
+            self.transport.abort()
+        else:
+            self._reading = self.loop.call_later(SEND_SECONDS, self._look, size)
+
+    def _stop_looking(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
     def data_received(self, data: bytes) -> None:
         if self._deadline is None and self._between_requests:
@@ -181,6 +214,7 @@ class DeadlineProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_deadline()
+        self._stop_looking()
         super().connection_lost(exc)
 
     def _cancel_deadline(self) -> None:

@@ -49,6 +49,7 @@ class EventStream(Response):
         except ClientGoneError:
             return
         except Exception as error:
+            self._at_end()  # before the client, who may not read, is told
             await self._write(send, event(_failure(error)))
         finally:
             keep_alive.cancel()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
 Folder = Callable[[str], Path]
@@ -133,14 +134,19 @@ def test_hanging_up_frees_the_request(url: str) -> None:
 
 
 @contextmanager
-def raw_request(url: str, body: dict[str, object]) -> Iterator[None]:
-    """Send a request by hand; the connection is cut when the block is left."""
+def raw_request(
+    url: str, body: dict[str, object], path: str = "/v1/chat/completions", buffer: int | None = None
+) -> Iterator[socket.socket]:
+    """Send a request by hand, and read as little as `buffer` says; the connection is cut when the block is left."""
     host, port = url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-    with socket.create_connection((host, int(port))) as connection:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    with socket.socket() as connection:
+        if buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        connection.connect((host, int(port)))
         connection.sendall(head.encode() + data)
-        yield
+        yield connection
 
 
 def test_slow_heads_do_not_hinder_others(url: str) -> None:
@@ -234,6 +240,44 @@ def test_few_descriptors_make_clients_wait(tiny_folder: Folder) -> None:
         process.terminate()
         assert process.stdout is not None
         assert len(process.stdout.read().splitlines()) < 20
+
+
+IMPATIENT = """
+import sys
+import serve.api.server
+from serve.cli import main
+
+serve.api.server.SEND_SECONDS = 0.3
+sys.exit(main(sys.argv[1:]))
+"""
+LONG_STREAM = {"messages": MESSAGES, "max_tokens": 480, "ignore_eos": True, "n": 16, "stream": True}
+LONG_STREAM |= {"logprobs": True, "top_logprobs": 20}
+LONG_ANSWER = {"tokens": [1] * 2**20}  # megabytes: more than the system takes for a client that does not read
+
+
+def test_clients_that_do_not_read_lose_their_connection(tiny_folder: Folder) -> None:
+    with server(tiny_folder("llama"), program=("-c", IMPATIENT)) as (url, process):
+        connections = psutil.Process(process.pid).net_connections
+        for path, body in (("/v1/chat/completions", LONG_STREAM), ("/detokenize", LONG_ANSWER)):
+            with raw_request(url, body, path, buffer=4096) as connection:
+                assert connection.recv(12) == b"HTTP/1.1 200"
+                assert eventually(lambda: len(connections("tcp")) == 1, seconds=20), connections("tcp")
+                assert httpx.get(f"{url}/health").status_code == 200
+                assert eventually(lambda: gauge(url, "halfweight:kv_blocks_used") == 0, seconds=1)
+
+
+def test_sigterm_lets_slow_clients_read_whole_answers(tiny_folder: Folder) -> None:
+    with server(tiny_folder("llama")) as (url, process), raw_request(url, LONG_ANSWER, "/detokenize", 4096) as slow:
+        head = slow.recv(400)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=3)
+        found = re.search(rb"content-length: (\d+)", head)
+        assert found is not None
+        missing = int(found[1]) + head.index(b"\r\n\r\n") + 4 - len(head)
+        while missing:
+            missing -= len(slow.recv(2**20)) or pytest.fail("the answer was cut")
+        assert process.wait(timeout=5) == 0
 
 
 FAILING = """
