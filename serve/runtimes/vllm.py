@@ -132,7 +132,7 @@ def cache_bytes(options: ServeOptions) -> int:
     from transformers import AutoConfig
 
     try:
-        model = AutoConfig.from_pretrained(options.folder).get_text_config(decoder=True)
+        model = AutoConfig.from_pretrained(options.folder, trust_remote_code=False).get_text_config(decoder=True)
         heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
         width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
         longest = options.max_model_len or model.max_position_embeddings

@@ -68,8 +68,9 @@ class HalfweightConfig(VllmQuantizationConfig):  # type: ignore[misc]
             packed = any(scheme is not None for scheme in schemes)
             return HalfweightLinearMethod(schemes, prefix) if packed else UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
-            scheme = self.head_scheme(prefix) if isinstance(layer, ParallelLMHead) else self.embedding_scheme()
-            return None if scheme is None else HalfweightEmbeddingMethod(scheme, prefix)
+            head = isinstance(layer, ParallelLMHead)
+            scheme = self.head_scheme(prefix) if head else self.embedding_scheme()
+            return None if scheme is None else HalfweightEmbeddingMethod(scheme, prefix, head or self.tied())
         return None
 
     def modules_of(self, prefix: str) -> list[str]:
@@ -91,7 +92,11 @@ class HalfweightConfig(VllmQuantizationConfig):  # type: ignore[misc]
 
     def head_scheme(self, prefix: str) -> Scheme | None:
         """The scheme of the LM head; a tied one stores nothing and reads the embedding's tensors."""
+        return self.embedding_scheme() if self.tied() else self.scheme_of(prefix.strip(".") or "lm_head")
+
+    @staticmethod
+    def tied() -> bool:
+        """Whether the token embedding is the LM head of the model that is being built."""
         from vllm.config import get_current_vllm_config
 
-        tied = get_current_vllm_config().model_config.hf_config.tie_word_embeddings
-        return self.embedding_scheme() if tied else self.scheme_of(prefix.strip(".") or "lm_head")
+        return bool(getattr(get_current_vllm_config().model_config.hf_config, "tie_word_embeddings", False))

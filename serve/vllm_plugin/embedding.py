@@ -17,17 +17,23 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from compressor.compressed_linear import CompressedEmbedding, CompressedLinear, tie
 from compressor.formats import make_format
+from compressor.kernels import cuda
 from compressor.scheme import QUANT_METHOD, Scheme
-from serve.engine.models.linears import KernelEmbedding, KernelLinear, packed_embedding
+from serve.engine.models.linears import KernelEmbedding, KernelLinear, PlainEmbedding, PlainLinear, packed_embedding
 from serve.vllm_plugin.linear import HalfweightLinearMethod, packed_part, run
 
 
 class HalfweightEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
-    """How a table [vocabulary, hidden] is created, loaded, and read by rows or as the head's weight."""
+    """How a table [vocabulary, hidden] is created, loaded, and read by rows or as the head's weight.
 
-    def __init__(self, scheme: Scheme, prefix: str) -> None:
+    Args:
+        head: whether the table is multiplied, as an LM head or as an embedding that one is tied to.
+    """
+
+    def __init__(self, scheme: Scheme, prefix: str, head: bool) -> None:
         self.scheme = scheme
         self.prefix = prefix or "the token embedding"
+        self.head = head
 
     def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
         """Registers a parameter for each stored tensor; vLLM pads the vocabulary with zeros."""
@@ -49,9 +55,11 @@ class HalfweightEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
             return
         stored = {name: parameter.data for name, parameter in layer.named_parameters(recurse=False) if name != "bias"}
         if isinstance(layer, ParallelLMHead):
-            layer.packed = packed_part(self.scheme, stored, self.prefix)
+            layer.packed = quick_head(packed_part(self.scheme, stored, self.prefix), layer.params_dtype)
         else:
             layer.packed, layer.packed_head = packed_table(self.scheme, stored, self.prefix)
+            if self.head and isinstance(head := quick_head(layer.packed_head, layer.params_dtype), PlainLinear):
+                layer.packed, layer.packed_head = PlainEmbedding(head.weight), head
         for name in stored:
             delattr(layer, name)
         layer.weight = next(layer.packed.buffers())  # by this name vLLM's adapters find a layer's device
@@ -87,6 +95,16 @@ def packed_table(scheme: Scheme, stored: dict[str, Tensor], prefix: str) -> tupl
         return embedding, embedding.head()
     tie(head, table)
     return table, head
+
+
+def quick_head(head: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The LM head, unpacked for good where a GPU would unpack all of it for every token."""
+    if not isinstance(head, CompressedLinear) or head.scheme.low_rank is not None:
+        return head
+    shape = (head.out_features, head.in_features)
+    if not cuda.unpacks(head.scheme.format, head.tensors, shape, head.scheme.group_size):
+        return head
+    return PlainLinear(head.unpacked().to(dtype), None)
 
 
 def _own_config() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -72,6 +73,19 @@ def test_the_path_follows_capability_and_shape(
 ) -> None:
     monkeypatch.setattr("compressor.kernels.cuda.has_triton", lambda: True)
     assert choose(*arguments) == path
+
+
+@pytest.mark.parametrize(
+    ("name", "unpacked"), [("int8", True), ("fp8", True), ("sparse24_int4", False), ("sparse24_fp8", True)]
+)
+def test_weights_without_a_path_are_known(name: str, unpacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compressor.kernels.cuda.has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
+    _, stored = packed(name, -1)
+    assert not cuda.unpacks(name, stored, (64, 256), -1), "on a CPU"
+    stored["weight_packed"] = cast(Tensor, SimpleNamespace(is_cuda=True, device="cuda:0"))
+    assert cuda.unpacks(name, stored, (64, 256), -1) == unpacked
+    assert not cuda.unpacks(name, {"semi_packed": torch.zeros(1)}, (64, 256), -1)
 
 
 @pytest.mark.parametrize(("capability", "path"), [(AMPERE, "unpack"), ((8, 9), "semi_structured")])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import vllm.model_executor.layers.linear as stock
+import vllm.model_executor.layers.vocab_parallel_embedding as tables
 import vllm.model_executor.parameter as parameters
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -20,7 +21,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from compressor.formats import make_format
 from compressor.formats.low_rank import low_rank_weight
 from compressor.scheme import LowRank, QuantizationConfig, Scheme
-from serve.vllm_plugin import int4
+from serve.engine.models.linears import PlainEmbedding, PlainLinear
+from serve.vllm_plugin import embedding, int4
 from serve.vllm_plugin.config import HalfweightConfig
 from tests.vllm.models import packed_tensors
 
@@ -55,7 +57,7 @@ def module(rows: int, columns: int, scheme: Scheme | None, seed: int) -> tuple[d
 def on_each_rank(ranks: int) -> Iterator[int]:
     """Ranks one after the other, each of which vLLM's layers take for theirs while it lasts."""
     for rank in range(ranks):
-        for where in (stock, parameters):
+        for where in (stock, tables, parameters):
             where.get_tensor_model_parallel_world_size = lambda: ranks
             where.get_tensor_model_parallel_rank = lambda rank=rank: rank
         yield rank
@@ -153,6 +155,34 @@ def marlin_biases() -> float:
         int4.takes, int4.choose_mp_linear_kernel = taken, chosen
 
 
+def gpu_head(tied: bool) -> float:
+    """An LM head that a GPU would unpack for every token (fp8, which the CPU unpacks too): it must be plain."""
+    scheme, x = Scheme("fp8"), random(5, 128, seed=99)
+    stored, weight = module(256, 128, scheme, 0)
+    own = {"params_dtype": torch.float32, "quant_config": config_of({"embed_tokens": scheme, "lm_head": scheme})}
+    unpacks, tells = embedding.cuda.unpacks, HalfweightConfig.tied
+    embedding.cuda.unpacks, HalfweightConfig.tied = lambda *_: True, lambda _: tied
+    try:
+        for _ in on_each_rank(1):
+            table = tables.VocabParallelEmbedding(256, 128, prefix="m.embed_tokens", **own)
+            head = tables.ParallelLMHead(256, 128, prefix="m.lm_head", **own)
+            head = head.tie_weights(table) if tied else head
+            for layer in (table,) if tied else (table, head):
+                for name, tensor in stored.items():
+                    parameter = getattr(layer, name)
+                    parameter.weight_loader(parameter, tensor)
+            for layer in (table, head):
+                layer.quant_method.process_weights_after_loading(layer)
+    finally:
+        embedding.cuda.unpacks, HalfweightConfig.tied = unpacks, tells
+    assert isinstance(table.packed, PlainEmbedding) == tied, table.packed
+    assert isinstance(table.packed_head if tied else head.packed, PlainLinear)
+    assert not tied or table.packed_head.weight is table.packed.weight
+    ids = torch.tensor([3, 200])
+    logits = head.quant_method.apply(head, x)
+    return max(error(logits, x @ weight.T), error(table(ids), weight[ids]))
+
+
 CASES = {
     "alike": lambda: qkv(SPARSE, SPARSE, SPARSE),
     "mixed formats": lambda: qkv(SPARSE, INT4, SPARSE),
@@ -168,6 +198,8 @@ CASES = {
     "groups of 96": lambda: qkv(*[Scheme("int8", 96)] * 3, columns=576),
     "segments of 24": lambda: qkv(*[Scheme("sparse24_int4", 96, low_rank=LowRank(24))] * 3, columns=576),
     "biases beside Marlin": marlin_biases,
+    "a head on a GPU": lambda: gpu_head(tied=False),
+    "a tied head on a GPU": lambda: gpu_head(tied=True),
 }
 
 

@@ -13,7 +13,8 @@ path | formats | from capability
 `semi_structured` | sparse24_fp8 with one scale a row, sizes of a multiple of 32 and 64, by cuSPARSELt | 8.9
 `unpack` | everything else | any
 
-Dense int4 has no path here: in vLLM its own kernels take it (`serve.vllm_plugin.int4`).
+Dense int4 has no path here: in vLLM its own kernels take it (`serve.vllm_plugin.int4`). Nor have the int8 of embeddings
+and LM heads: the plugin unpacks such a head once, at load.
 """
 
 from __future__ import annotations
@@ -64,6 +65,14 @@ def prepare(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], gr
     from compressor.kernels.cuda import semi_structured
 
     return semi_structured.prepare(packed, tensors["weight_meta"], tensors.get("weight_scale")) or dict(tensors)
+
+
+def unpacks(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], group_size: int) -> bool:
+    """Whether each product with prepared tensors unpacks the whole weight on the GPU that they lie on."""
+    packed = tensors.get("weight_packed")
+    if packed is None or not packed.is_cuda:
+        return False
+    return choose(name, torch.cuda.get_device_capability(packed.device), *shape, group_size, torch.bfloat16) != "triton"
 
 
 def linear(name: str, x: Tensor, tensors: Mapping[str, Tensor], group_size: int) -> Tensor | None:
