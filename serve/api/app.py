@@ -227,8 +227,8 @@ def _add_token_routes(app: FastAPI, state: ServedModel) -> None:
             raise bad_request("give either prompt or messages")
         text, special = body.prompt, body.add_special_tokens is not False
         if body.messages is not None:
-            messages = [message.for_template() for message in body.messages]
-            text = await render(state, messages, add_generation_prompt=body.add_generation_prompt is not False)
+            prompted = body.add_generation_prompt is not False
+            text = await render(state, body.messages, prompted, variables=body.chat_template_kwargs)
             special = bool(body.add_special_tokens)
         [tokens] = await state.encode([text or ""], special)
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": state.max_model_len})

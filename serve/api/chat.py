@@ -6,11 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
-from typing import Any
 
 from serve.api.completions import Answer, Json, finite, usage
 from serve.api.errors import bad_request
-from serve.api.schema import ChatCompletionRequest
+from serve.api.schema import ChatCompletionRequest, ChatMessage
 from serve.api.state import ServedModel, ServerState, new_id
 from serve.engine.async_engine import Request
 from serve.engine.llm_engine import StepOutput
@@ -26,7 +25,7 @@ class ChatCompletion:
 
     def __init__(self, state: ServerState, body: ChatCompletionRequest) -> None:
         state.check_model(body.model)
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", param="top_logprobs")
         self.state, self.body = state, body
         self.id, self.created = new_id("chatcmpl"), int(time.time())
@@ -49,8 +48,8 @@ class ChatCompletion:
     async def _prompt(self) -> list[int]:
         body = self.body
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
-        variables: dict[str, Any] = {"add_generation_prompt": body.add_generation_prompt is not False}
-        text = await render(self.state, [m.for_template() for m in body.messages], tools=tools or None, **variables)
+        prompted, variables = body.add_generation_prompt is not False, body.chat_template_kwargs
+        text = await render(self.state, body.messages, prompted, tools or None, variables)
         [tokens] = await self.state.encode([text], add_special_tokens=False)
         return tokens
 
@@ -107,8 +106,15 @@ class ChatCompletion:
         return {"content": [_token(self.state.tokenizer, one) for one in found if one is not None], "refusal": None}
 
 
-async def render(state: ServedModel, messages: list[Json], **variables: Any) -> str:
+async def render(
+    state: ServedModel,
+    given: list[ChatMessage],
+    add_generation_prompt: bool,
+    tools: list[Json] | None = None,
+    variables: Json | None = None,
+) -> str:
     """The conversation as text; a long one in a worker thread, since the checkpoint's template may be slow."""
+    messages = [message.for_template() for message in given]
     size = sum(len(message["content"]) for message in messages)
     if size > state.max_model_len * state.tokenizer.longest_token:
         raise bad_request(
@@ -117,8 +123,10 @@ async def render(state: ServedModel, messages: list[Json], **variables: Any) -> 
         )
     try:
         if len(messages) > LONG_CONVERSATION:
-            return await asyncio.to_thread(state.tokenizer.render_chat, messages, **variables)
-        return state.tokenizer.render_chat(messages, **variables)
+            return await asyncio.to_thread(
+                state.tokenizer.render_chat, messages, add_generation_prompt, tools, variables
+            )
+        return state.tokenizer.render_chat(messages, add_generation_prompt, tools, variables)
     except ChatTemplateError as error:
         raise bad_request(str(error), param="messages") from None
 

@@ -6,9 +6,11 @@ A field that would change the answer and is not served is refused by name rather
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -31,6 +33,7 @@ MAX_PROMPTS = 2048
 MAX_TOKENS = 2**20
 MAX_MESSAGES = 4096
 MAX_BIASES = 1024
+TEMPLATE_FIELDS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
 INSTEAD = {
     "guided_regex": 'send structured_outputs: {"regex": ...}',
     "guided_choice": 'send structured_outputs: {"choice": [...]}',
@@ -294,6 +297,18 @@ class ToolCall(Strict):
     type: Literal["function"] = "function"
     function: FunctionCall
 
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it: arguments are an object, which they write as JSON."""
+        call = self.model_dump()
+        try:
+            arguments = json.loads(self.function.arguments)
+            json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError):  # no JSON, or numbers or characters that are none
+            return call
+        if isinstance(arguments, dict):
+            call["function"]["arguments"] = arguments
+        return call
+
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -309,7 +324,7 @@ class ChatMessage(Strict):
         if self.name is not None:
             message["name"] = self.name
         if self.tool_calls is not None:
-            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         return message
@@ -326,6 +341,14 @@ class Tool(Strict):
     function: FunctionTool
 
 
+def _variables(value: dict[str, Any]) -> dict[str, Any]:
+    """What a chat template is given besides its messages, tools and so on, which have fields of their own."""
+    if taken := sorted(TEMPLATE_FIELDS & value.keys()):
+        raise ValueError(f"{taken[0]} cannot be given here, but as a field of its own")
+    return value
+
+
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_variables)]
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
@@ -337,6 +360,7 @@ class ChatCompletionRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     functions: None = None
     function_call: None = None
     add_generation_prompt: bool | None = None
@@ -354,6 +378,7 @@ class TokenizeRequest(Strict):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
 

@@ -147,25 +147,18 @@ class Tokenizer:
         messages: list[dict[str, Any]],
         add_generation_prompt: bool = True,
         tools: list[dict[str, Any]] | None = None,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        from jinja2 import TemplateError
-
+        """The conversation as text; `variables` are what this model's template knows besides, `enable_thinking` say."""
+        own = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special,
-                **variables,
-            )
-        except (TemplateError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            return self._template.render(self.special | dict(variables or {}) | own)
+        except Exception as error:  # whatever a template runs into
             raise ChatTemplateError(f"the model's chat template refused the messages: {error}") from error
 
-    def encode_chat(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Tokens of a conversation; the template writes the special tokens itself."""
-        return self.encode(self.render_chat(messages, **variables), add_special_tokens=False)
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
 
 
 def _shares(lengths: list[int], room: int) -> list[int]:
@@ -226,10 +219,22 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 def _environment() -> Any:
     """Templates come with the checkpoint, so they run in a sandbox; trimming as transformers does."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class Generation(Extension):
+        """What stands between `generation` and `endgeneration`, which tell trainers what the model wrote, as it is."""
+
+        tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception

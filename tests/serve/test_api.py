@@ -21,6 +21,7 @@ from serve.api.metrics import Metrics
 from serve.api.state import ServerState
 from serve.engine.async_engine import AsyncEngine
 from serve.engine.llm_engine import LLMEngine
+from serve.engine.tokenizer import Tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, "temperature": 0, "ignore_eos": True}
 TEXT = {"prompt": "The quick", "max_tokens": 5, "temperature": 0, "ignore_eos": True}
@@ -169,6 +170,7 @@ def test_chat_logprobs(engine: LLMEngine) -> None:
     assert len(tokens) == 5
     assert all(len(token["top_logprobs"]) == 3 for token in tokens)
     assert all(token["logprob"] == pytest.approx(token["top_logprobs"][0]["logprob"]) for token in tokens)
+    assert ask(engine, "/v1/chat/completions", CHAT | {"top_logprobs": 0}).json()["choices"][0]["logprobs"] is None
 
 
 def test_tools_reach_the_chat_template(
@@ -177,7 +179,9 @@ def test_tools_reach_the_chat_template(
     """As the template writes them, with calls and their results; left out where no tool is to be called."""
     folder = tmp_path / "tools"
     shutil.copytree(tiny_folder("llama"), folder)
-    template = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m | tojson }}{% endfor %}{{ mood }}"
+    )
     (folder / "chat_template.jinja").write_text(template)
     own = LLMEngine.from_folder(folder, dtype="float32", kv_cache_gb=0.01, compile=False)
     seen: list[str] = []
@@ -189,10 +193,13 @@ def test_tools_reach_the_chat_template(
 
     monkeypatch.setattr(own.tokenizer, "encode", note)
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-    called = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    called, broken = (
+        {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        for arguments in ('{"city": "Köln"}', '{"city": "\\ud800"}')
+    )
     messages = [
         {"role": "user", "content": "Rain?"},
-        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "assistant", "content": None, "tool_calls": [called, broken]},
         {"role": "tool", "content": "dry", "tool_call_id": "1"},
     ]
     for choice in ("auto", "none"):
@@ -200,7 +207,21 @@ def test_tools_reach_the_chat_template(
         assert ask(own, "/v1/chat/completions", body).status_code == 200
     offered, withheld = seen
     assert offered == json.dumps([tool]) + withheld
-    assert '"name": "weather", "arguments": "{}"' in withheld and '"tool_call_id": "1"' in withheld
+    assert '"name": "weather", "arguments": {"city": "Köln"}' in withheld and '"tool_call_id": "1"' in withheld
+    assert json.dumps(broken["function"]["arguments"]) in withheld
+    seen.clear()
+    for path in ("/v1/chat/completions", "/tokenize"):
+        body = {"messages": messages, "max_tokens": 1, "chat_template_kwargs": {"mood": "cheerful", "self": 1}}
+        assert ask(own, path, body).status_code == 200
+    assert seen == [withheld + "cheerful"] * 2
+
+
+def test_templates_may_mark_what_the_model_writes(tiny_folder: Callable[[str], Path]) -> None:
+    tokenizer = Tokenizer.from_folder(tiny_folder("llama"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}\n{% generation %}\n{{ m.content }}<|im_end|>\n{% endgeneration %}\n{% endfor %}"
+    )
+    assert tokenizer.render_chat([{"role": "user", "content": text} for text in "ab"]) == "a<|im_end|>\nb<|im_end|>\n"
 
 
 def test_stop_string_ends_the_text(engine: LLMEngine) -> None:
@@ -310,6 +331,7 @@ def test_bad_completion_bodies_get_400(engine: LLMEngine) -> None:
         {"messages": [{"role": "user", "content": 5}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
         {"top_logprobs": 2},
+        {"chat_template_kwargs": {"tools": []}},
         {"response_format": {"type": "wizard"}},
         {"max_completion_tokens": 0},
         {"tool_choice": "required"},
@@ -414,7 +436,7 @@ def test_other_media_types_are_415(engine: LLMEngine) -> None:
     assert_error(asyncio.run(go()), 415)
 
 
-def test_every_route_but_health_wants_the_key(engine: LLMEngine) -> None:
+def test_every_route_but_health_and_the_page_wants_the_key(engine: LLMEngine) -> None:
     async def go() -> None:
         async with serving(engine, key="sësame") as client:
             routes = {
@@ -428,11 +450,12 @@ def test_every_route_but_health_wants_the_key(engine: LLMEngine) -> None:
                 path = path.replace("{model_id:path}", "tiny")
                 for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic sësame".encode()}):
                     response = await client.request(method, path, headers=headers)
-                    if path != "/health":
+                    if path not in ("/health", "/"):
                         assert_error(response, 401, "invalid_api_key")
             right = {"authorization": "Bearer sësame".encode()}
             assert (await client.get("/v1/models", headers=right)).status_code == 200
             assert (await client.get("/health")).status_code == 200
+            assert (await client.get("/")).status_code == 200
             assert_error(await client.get("/invocations"), 401)
 
     asyncio.run(go())
