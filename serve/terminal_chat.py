@@ -48,7 +48,11 @@ def _converse(engine: LLMEngine, name: str, say: Say) -> int:
             messages.clear()
         elif text:
             messages.append({"role": "user", "content": text})
-            messages.append({"role": "assistant", "content": _answer(engine, messages, say)})
+            try:
+                messages.append({"role": "assistant", "content": _answer(engine, messages, say)})
+            except ValueError as error:  # the context is full, for instance
+                messages.pop()
+                say(f"{error}. /reset forgets the conversation.\n")
 
 
 def _answer(engine: LLMEngine, messages: list[dict[str, str]], say: Say) -> str:
@@ -62,6 +66,8 @@ def _answer(engine: LLMEngine, messages: list[dict[str, str]], say: Say) -> str:
     try:
         while engine.has_work:
             for output in engine.step():
+                if output.error is not None:
+                    raise output.error
                 text += output.text
                 say(output.text)
     except KeyboardInterrupt:

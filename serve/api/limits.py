@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import APIError, unavailable
 
-OPEN_ROUTES = frozenset({"/health"})
+OPEN_ROUTES = frozenset({"/", "/health"})  # the page asks for the key itself
 DRAINING_ROUTES = frozenset({"/health", "/ready", "/metrics", "/version"})
 
 

@@ -51,7 +51,9 @@ class BlockManager:
             self._take(block)
             seq.block_table.append(block)
         self._release(seq, len(seq.block_table) // unit * unit)
-        seq.num_computed = seq.num_cached = len(seq.block_table) * self.block_size
+        seq.num_computed = len(seq.block_table) * self.block_size
+        if not seq.num_preemptions:  # after one, its own output may be found
+            seq.num_cached = seq.num_computed
 
     def extend(self, seq: Sequence, num_tokens: int) -> bool:
         """Give `seq` blocks for its first `num_tokens` tokens; False, and nothing done, when too few are free."""

@@ -108,7 +108,9 @@ def test_page_talks(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
         if shots := os.environ.get("HALFWEIGHT_SCREENSHOTS"):
             image = tab.call("Page.captureScreenshot")["data"]
             (Path(shots) / "page.png").write_bytes(base64.b64decode(image))
+        tab.value("document.getElementById('max_tokens').value = 400; ask('And at night?')")
         tab.value("document.getElementById('clear').click()")
+        tab.wait_for("running === null")
         assert tab.value("document.getElementById('empty') !== null && messages.length === 0")
 
 

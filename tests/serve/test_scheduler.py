@@ -40,6 +40,20 @@ def test_a_whole_cached_prompt_leaves_one_token_to_compute() -> None:
     assert again.num_computed == 4
 
 
+def test_own_output_does_not_count_as_cached_after_a_preemption() -> None:
+    blocks = BlockManager(8, 4)
+    seq = Sequence(list(range(5)), PARAMS)
+    for token in range(100, 108):
+        seq.append(token)
+    blocks.extend(seq, 13)
+    seq.num_computed = 13
+    blocks.register_full(seq, 0)
+    blocks.free(seq)
+    seq.num_preemptions = 1
+    blocks.match_prefix(seq)
+    assert seq.num_computed == 12 and seq.num_cached == 0
+
+
 def test_reused_blocks_are_forgotten() -> None:
     blocks = BlockManager(2, 4)
     first = Sequence(list(range(8)), PARAMS)

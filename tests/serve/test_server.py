@@ -389,9 +389,10 @@ def test_check_generates_a_token(tiny_folder: Folder) -> None:
 
 
 def test_terminal_chat(tiny_folder: Folder) -> None:
+    """And it goes on when the context is full."""
     result = subprocess.run(
         [sys.executable, "-m", "serve", "chat", str(tiny_folder("llama")), "--max-model-len", "64", "--eager"],
-        input="Hello\n/reset\nAgain\n",
+        input="Hello\n/reset\nAgain\n" + "One two three four\n" * 20 + "/reset\nAgain\n",
         capture_output=True,
         text=True,
         timeout=60,
@@ -399,6 +400,7 @@ def test_terminal_chat(tiny_folder: Folder) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert len(result.stdout) > 100
+    assert "takes at most 64 tokens" in result.stdout and "/reset forgets" in result.stdout
 
 
 @pytest.mark.parametrize(
