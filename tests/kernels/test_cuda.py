@@ -219,6 +219,18 @@ def test_a_search_is_kept_on_disk(device: list[int], tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["gpu-settings.json"]
 
 
+def test_ranks_keep_what_each_other_measured(device: list[int], tmp_path: Path) -> None:
+    assert tuning.tuned("mine", (5, 3), slow) == 3
+    file = tmp_path / "gpu-settings.json"
+    others = f'{{"H100/{torch.version.cuda}/theirs": 1,'
+    file.write_text(file.read_text().replace("{", others))  # as another process does meanwhile
+    assert tuning.tuned("mine too", (5, 3), slow) == 3
+    tuning._known.cache_clear()
+    measured = len(device)
+    assert [tuning.tuned(key, (5, 3), slow) for key in ("mine", "mine too", "theirs")] == [3, 3, 3]
+    assert len(device) == measured
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"H100/None/shape": 99}', '{"H100/None/shape": "x"}'])
 def test_a_damaged_cache_does_not_stop_anything(device: list[int], tmp_path: Path, text: str) -> None:
     (tmp_path / "gpu-settings.json").write_text(text)

@@ -62,6 +62,11 @@ def _file() -> Path:
 
 @cache
 def _known() -> dict[str, Any]:
+    """What this process knows: what the file said when it was first asked, and what was measured since."""
+    return _read()
+
+
+def _read() -> dict[str, Any]:
     try:
         found = json.loads(_file().read_text())
     except (OSError, ValueError):
@@ -70,11 +75,12 @@ def _known() -> dict[str, Any]:
 
 
 def _write(known: dict[str, Any]) -> None:
+    """Adds what is known to the file, in which other ranks keep what they measured."""
     file = _file()
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(known, indent=1))
+        part.write_text(json.dumps(_read() | known, indent=1))
         part.replace(file)
     except OSError as error:
         logger.warning("the settings found for this GPU cannot be kept (%s)", error)
