@@ -76,15 +76,23 @@ def write_model(family: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def pack(dense: Path, out: Path, scheme: Scheme, *, embedding: Scheme | None = EMBEDDING, plain: str = "-") -> Path:
-    """A checkpoint with every linear in `scheme`, but those that have `plain` in their name."""
+def pack(
+    dense: Path,
+    out: Path,
+    scheme: Scheme,
+    *,
+    embedding: Scheme | None = EMBEDDING,
+    plain: str = "-",
+    others: dict[str, Scheme] | None = None,
+) -> Path:
+    """A checkpoint with every linear in `scheme`, but those that have `plain` or a key of `others` in their name."""
     shutil.copytree(dense, out)
     tensors = load_file(dense / "model.safetensors")
     schemes: dict[str, Scheme] = {}
     for key in [key for key in tensors if key.endswith(".weight") and tensors[key].ndim == 2]:
         name = key.removesuffix(".weight")
         table = any(part in name for part in ("embed_tokens", "wte", "lm_head"))
-        own = embedding if table else scheme
+        own = embedding if table else next((other for key, other in (others or {}).items() if key in name), scheme)
         if own is None or plain in name or "wpe" in name or "embed_positions" in name:
             continue
         weight = tensors.pop(key).float()

@@ -122,12 +122,14 @@ def test_families_that_run_through_transformers(ask: Ask, family: str, tmp_path:
 
 @pytest.mark.full
 def test_low_rank_branch_and_plain_parts(ask: Ask, dense: Callable[..., Path], tmp_path: Path) -> None:
-    """SLoRB in each dtype; modules that stayed plain inside vLLM's fused layers; embeddings that were not packed."""
+    """SLoRB in each dtype; unlike modules, and some that stayed plain, in fused layers; embeddings left unpacked."""
     folders = [
         pack(dense("llama"), tmp_path / dtype, Scheme("sparse24_int4", 32, low_rank=LowRank(16, dtype)))
         for dtype in ("int8", "int4", "bfloat16")
     ]
     folders.append(pack(dense("llama"), tmp_path / "mixed", SPARSE_INT4, plain="k_proj"))
+    others = {"k_proj": Scheme("int4", 32), "up_proj": Scheme("sparse24_int4", 64)}
+    folders.append(pack(dense("llama"), tmp_path / "formats", SPARSE_INT4, others=others))
     folders.append(pack(dense("opt"), tmp_path / "embedding", SPARSE_INT4, embedding=None))
     answers = ask(folders, windows(), dtype="float32")
     found = {folder.name: agreement(folder, answers[str(folder)]) for folder in folders}
