@@ -26,13 +26,14 @@ from tests.vllm.models import pack, write_model
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 KEY = "secret"
+INT4 = Scheme("sparse24_int4", 32)
 PROMPT = [40, 41, 42, 43, 44]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("served")
-    return pack(write_model("llama", place / "dense"), place / "packed", Scheme("sparse24_int4", 32))
+    return pack(write_model("llama", place / "dense"), place / "packed", INT4)
 
 
 @contextmanager
@@ -150,7 +151,18 @@ def test_the_plugin_registers_once_and_lazily(vllm_python: str) -> None:
     "flags", [("--eager",), ("--eager", "--tensor-parallel-size", "2"), ("--pipeline-parallel-size", "2")]
 )
 def test_check_loads_and_answers(vllm_python: str, folder: Path, flags: tuple[str, ...]) -> None:
-    command = [vllm_python, "-m", "serve", str(folder), "--runtime", "vllm", "--check", "--dtype", "float32", *flags]
+    check(vllm_python, folder, *flags)
+
+
+def test_a_cache_of_the_longest_sequence_is_what_vllm_wants(vllm_python: str, tmp_path: Path) -> None:
+    """1.25 GiB, of 64 KiB a token: more than a model gets that needs less."""
+    sizes = {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 20481}
+    check(vllm_python, pack(write_model("llama", tmp_path / "dense", **sizes), tmp_path / "packed", INT4), "--eager")
+
+
+def check(python: str, folder: Path, *flags: str) -> None:
+    """`serve FOLDER --runtime vllm --check` succeeds."""
+    command = [python, "-m", "serve", str(folder), "--runtime", "vllm", "--check", "--dtype", "float32", *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "packed: loaded by vLLM, generated [" in done.stdout
