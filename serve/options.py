@@ -90,6 +90,8 @@ class ServeOptions:
             raise ValueError(
                 "--tensor-parallel-size, --pipeline-parallel-size and arguments after -- need --runtime vllm"
             )
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads is {self.threads}, but must be at least 1; leave it out for all cores")
         for name in ("max_queue", "max_body_mb", "request_timeout", "shutdown_timeout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")

@@ -1,12 +1,14 @@
-"""What a serving process asks of the C library: threads that sleep when they have nothing to do, and memory back."""
+"""What processes ask of the C library: threads that sleep when they have nothing to do, memory back, a common end."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import os
+import signal
 
 SPINS = "5000"
+PR_SET_PDEATHSIG = 1
 
 
 def share_processors() -> None:
@@ -16,6 +18,13 @@ def share_processors() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+def end_with_parent() -> None:
+    """Be killed when the process that started this one ends, however it ends; on Linux."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def settle() -> None:

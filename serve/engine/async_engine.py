@@ -92,7 +92,6 @@ class AsyncEngine:
         self._commands.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout=10)
-        self.engine.close()
 
     @property
     def alive(self) -> bool:

@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import logging
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -32,8 +33,10 @@ from torch import Tensor, nn
 from compressor.kernels import loading
 from compressor.kernels.attention import cache_dtype_of, empty_cache
 from compressor.kernels.fakes import FAKES
+from compressor.output import sync
 from serve.engine.config import cache_folder
 from serve.engine.models.decoder import Decoder, StepInputs
+from serve.process import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,10 @@ INDUCTOR = {
 
 
 class CompiledStep:
-    """A loaded program, called with the same arguments as the decoder it was made from."""
+    """A loaded program, called with the same arguments as the decoder it was made from.
+
+    RuntimeError: the file is damaged.
+    """
 
     def __init__(self, path: Path, decoder: Decoder) -> None:
         self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
@@ -84,11 +90,22 @@ def program_path(decoder: Decoder, block_size: int, cache_dtype: str) -> Path:
     digest.update(f"{torch.__version__} {decoder.config} {decoder.dtype} {block_size} {cache_dtype}".encode())
     for name, buffer in sorted(decoder.named_buffers(remove_duplicate=False)):
         digest.update(f"{name} {tuple(buffer.shape)} {buffer.dtype}".encode())
-    for source in SOURCES:
-        digest.update((Path(__file__).parent / source).read_bytes())
+    digest.update(_processor().encode())
+    own = [Path(__file__).parent / source for source in SOURCES]
+    for source in (*own, *sorted(Path(loading.__file__).parent.glob("*.py"))):
+        digest.update(source.read_bytes())
     for operator in sorted(FAKES):
         digest.update(str(getattr(torch.ops.halfweight, operator).default._schema).encode())
     return cache_folder() / "programs" / f"{digest.hexdigest()[:32]}.pt2"
+
+
+def _processor() -> str:
+    """The model and the abilities of this processor: programs are made for it alone."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return platform.processor()
+    first = path.read_text().partition("\n\n")[0]
+    return "\n".join(line for line in first.splitlines() if line.startswith(("model name", "flags", "Features", "CPU")))
 
 
 def compile_program(decoder: Decoder, block_size: int, cache_dtype: str, path: Path) -> None:
@@ -101,6 +118,7 @@ def compile_program(decoder: Decoder, block_size: int, cache_dtype: str, path: P
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         package = str(Path(folder) / "program.pt2")
         torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=INDUCTOR)
+        sync(Path(package))
         os.replace(package, path)
 
 
@@ -162,6 +180,7 @@ def main() -> int:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--kv-cache-dtype", default="bfloat16")
     options = parser.parse_args()
+    end_with_parent()
     os.nice(10)
     torch.set_num_threads(1)
     from serve.engine.weights import load_model

@@ -101,6 +101,9 @@ class EncoderEngine:
         longest = _positions(model.config, folder, alone=not classifies)
         return cls(model, tokenizer, config, labels=labels, pool=pool, longest=longest)
 
+    def close(self) -> None:
+        """As of other engines; nothing runs in the background."""
+
     @property
     def classifies(self) -> bool:
         return self.labels is not None

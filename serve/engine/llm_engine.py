@@ -149,8 +149,12 @@ class LLMEngine:
             return
         path = program_path(decoder, *geometry)
         if path.is_file():
-            self._exchange(CompiledStep(path, decoder))
-            return
+            try:
+                self._exchange(CompiledStep(path, decoder))
+                return
+            except RuntimeError as error:
+                logger.warning("the compiled program %s is damaged (%s) and is made again", path.name, error)
+                path.unlink()
         self._compiler = BackgroundCompiler(folder, decoder, *geometry, self._exchange)
         if not self.config.compile_in_background:
             self._compiler.wait()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.kernels.attention import cache_dtype_of, empty_cache
-from serve.engine.config import CachePlan
+from serve.engine.config import GIB, CachePlan
 from serve.engine.models.decoder import Decoder, StepInputs
 from serve.engine.scheduler import Scheduled
 
@@ -52,8 +52,14 @@ class ModelRunner:
         config = model.config
         shape = (plan.num_blocks, plan.block_size, config.num_kv_heads, config.head_dim)
         dtype = cache_dtype_of(plan.dtype)
-        self.k_caches = [empty_cache(*shape, dtype) for _ in range(config.num_layers)]
-        self.v_caches = [empty_cache(*shape, dtype) for _ in range(config.num_layers)]
+        try:
+            self.k_caches, self.v_caches = (
+                [empty_cache(*shape, dtype) for _ in range(config.num_layers)] for _ in range(2)
+            )
+        except RuntimeError:  # torch's way to say that there is not so much memory
+            raise ValueError(
+                f"there is no memory for a KV cache of {plan.num_bytes / GIB:.2f} GiB; lower --kv-cache-gb"
+            ) from None
 
     @torch.inference_mode()
     def run(self, step: list[Scheduled]) -> Tensor:

@@ -40,14 +40,15 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> int:
         web = threading.Thread(target=lambda: [import_module(name) for name in WEB_MODULES], daemon=True)
         web.start()
         engine = load_encoder(options) if options.encodes else load_engine(options)
-        engine.self_test()
-        web.join()
-        from serve.api.server import Server
+        with contextlib.closing(engine):
+            engine.self_test()
+            web.join()
+            from serve.api.server import Server
 
-        settle()
-        server = Server(engine, options, listener)
-        say(_summary(options, engine, listener, time.perf_counter() - began))
-        return asyncio.run(server.run())
+            settle()
+            server = Server(engine, options, listener)
+            say(_summary(options, engine, listener, time.perf_counter() - began))
+            return asyncio.run(server.run())
 
 
 def load_engine(options: ServeOptions) -> LLMEngine:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from compressor.kernels import available
+from serve.engine import compiled, llm_engine
 from serve.engine.compiled import can_compile, program_path
 from serve.engine.llm_engine import LLMEngine
 from serve.engine.sampling_params import SamplingParams
@@ -47,6 +49,29 @@ def test_compiled_steps_equal_eager_ones(
         "slow = [m for m in sys.modules if m.startswith(('transformers', 'torch._inductor'))]; assert not slow, slow"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@needs_kernels
+def test_a_damaged_program_is_made_again(
+    tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HALFWEIGHT_CACHE", str(tmp_path))
+    compiler = Mock()
+    monkeypatch.setattr(llm_engine, "BackgroundCompiler", compiler)
+    path = program_path(load(tiny_folder("llama"), compile=False).loaded.decoder, 16, "bfloat16")
+    path.parent.mkdir()
+    path.write_bytes(b"PK\x03\x04 cut off")
+    load(tiny_folder("llama"))
+    compiler.assert_called_once()
+    assert not path.exists() and "damaged" in caplog.text
+
+
+@needs_kernels
+def test_programs_are_of_one_processor(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = load(tiny_folder("llama"), compile=False).loaded.decoder
+    here = program_path(decoder, 16, "bfloat16")
+    monkeypatch.setattr(compiled, "_processor", lambda: "another")
+    assert program_path(decoder, 16, "bfloat16") != here
 
 
 def test_what_cannot_be_compiled_stays_eager(tiny_folder: Folder) -> None:

@@ -9,10 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
+import psutil
 import pytest
 
+from serve.engine.sampler import NotFiniteError
+from serve.options import ServeOptions
 from serve.process import SPINS, settle, share_processors
+from serve.runtimes import torch_compiled
 
 READY = """
 import json, os, sys
@@ -55,6 +60,29 @@ def test_what_a_user_says_of_waiting_threads_stays(
     monkeypatch.setattr(os, "environ", dict(given))
     share_processors()
     assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+def test_a_child_ends_with_its_parent() -> None:
+    child = "from serve.process import end_with_parent; end_with_parent(); print(flush=True); input()"
+    parent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid); p.wait()"
+    with subprocess.Popen([sys.executable, "-uc", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        started = psutil.Process(int(process.stdout.readline()))
+        process.stdout.readline()
+        process.kill()
+        psutil.wait_procs([started], timeout=5)
+        assert not started.is_running() or started.status() == psutil.STATUS_ZOMBIE
+
+
+def test_an_engine_that_fails_its_test_is_closed(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Mock()
+    engine.self_test.side_effect = NotFiniteError
+    monkeypatch.setattr(torch_compiled, "load_engine", lambda _: engine)
+    with pytest.raises(NotFiniteError):
+        torch_compiled.serve(ServeOptions(tiny_folder("llama"), port=0), print)
+    engine.close.assert_called_once()
 
 
 def test_what_is_loaded_is_not_collected_again() -> None:

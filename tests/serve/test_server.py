@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import ssl
@@ -22,6 +23,8 @@ import httpx
 import openai
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 Folder = Callable[[str], Path]
 MESSAGES = [{"role": "user", "content": "Tell me a story."}]
@@ -411,12 +414,19 @@ def test_terminal_chat(tiny_folder: Folder) -> None:
         (("{tiny}", "--host", "0.0.0.0"), "--api-key"),
         (("{tiny}", "--ssl-keyfile", "x.pem"), "--ssl-certfile"),
         (("{tiny}", "--port", "99999"), "--port is 99999"),
+        (("{tiny}", "--threads", "0"), "--threads is 0"),
+        (("{tiny}", "--kv-cache-gb", "900000"), "lower --kv-cache-gb"),
+        (("{damaged}",), "the checkpoint is damaged"),
         (("{tiny}", "--max-model-len", "100000"), "--max-model-len is 100000"),
         (("{empty}",), "no config.json"),
     ],
 )
 def test_mistakes_get_one_line(tiny_folder: Folder, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    names = {"tiny": str(tiny_folder("llama")), "empty": str(tmp_path)}
+    names = {name: str(tmp_path / name) for name in ("empty", "damaged")} | {"tiny": str(tiny_folder("llama"))}
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(names["tiny"], names["damaged"])
+    weights = tmp_path / "damaged" / "model.safetensors"
+    save_file({name: tensor * torch.nan for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     result = run(*(argument.format(**names) for argument in arguments))
     assert result.returncode == 2
     assert message in result.stderr.splitlines()[-1]
