@@ -245,6 +245,15 @@ def test_few_descriptors_make_clients_wait(tiny_folder: Folder) -> None:
         assert len(process.stdout.read().splitlines()) < 20
 
 
+def test_sigterm_does_not_wait_for_a_schema_that_takes_hours(tiny_folder: Folder) -> None:
+    patterns = [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrstuvwx"]
+    body = {"messages": MESSAGES, "structured_outputs": {"json": {"allOf": patterns}}}
+    with server(tiny_folder("llama")) as (url, process), raw_request(url, body):
+        assert eventually(lambda: bool(psutil.Process(process.pid).children()))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+
+
 IMPATIENT = """
 import sys
 import serve.api.server
