@@ -58,7 +58,8 @@ def validate(value: Any, kind: type[Model]) -> Model:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         names = field_names(kind)  # neither keys that the client made up, nor how pydantic calls a union's members
         place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in names)[:MAX_PLACE]
-        raise bad_request(f"{place}: {first['msg']}" if place else first["msg"], param=place or None) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise bad_request(f"{place}: {message}" if place else message, param=place or None) from None
 
 
 @cache

@@ -21,7 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.config import JsonDict, JsonValue
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from serve.engine.constraints import ANY_OBJECT, Constraint
@@ -57,7 +57,7 @@ def form(value: Any) -> str:
 
 
 def count(value: Any) -> str:
-    """The same where one may be given for a list of one."""
+    """The same for a value or a list of such values."""
     return "many" if isinstance(value, list) else "one"
 
 
@@ -105,11 +105,12 @@ class JsonSchema(Strict):
     strict: bool | None = None
 
 
-def _has(name: str, value: JsonDict) -> JsonValue:
-    return {"required": [name], "properties": {name: value}}
+OUTPUTS: dict[str, JsonDict] = {name: {"not": {"type": "null"}} for name in ("json", "regex", "choice", "grammar")}
+OUTPUTS |= {"json_object": {"const": True}}
+"""The ways to say what an answer must keep to, and which values say it."""
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(Strict):
     """vLLM's name for what an answer must keep to: one of these; `grammar` is in Lark's notation."""
 
     json_: dict[str, Any] | None = Field(None, alias="json")
@@ -120,12 +121,20 @@ class StructuredOutputs(BaseModel):
 
     model_config = ConfigDict(
         strict=True,
-        extra="forbid",
+        extra="ignore",
         json_schema_extra={
-            "oneOf": [_has(name, {"not": {"type": "null"}}) for name in ("json", "regex", "choice", "grammar")]
-            + [_has("json_object", {"const": True})]
+            "oneOf": [{"required": [name], "properties": {name: value}} for name, value in OUTPUTS.items()],
+            "additionalProperties": False,
         },
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        unknown = next((name for name in value if name not in OUTPUTS), None) if isinstance(value, dict) else None
+        if unknown is not None:
+            raise ValueError(f"{unknown[:80]!r} is not served; accepted: {', '.join(OUTPUTS)}")
+        return value
 
     @model_validator(mode="after")
     def _one(self) -> StructuredOutputs:
@@ -207,24 +216,22 @@ class SamplingFields(Strict):
 
     @model_validator(mode="after")
     def _one_constraint(self) -> SamplingFields:
-        if len(self._constraints()) > 1:
+        wanted = self.response_format if self.response_format and self.response_format.type != "text" else None
+        if sum(one is not None for one in (wanted, self.structured_outputs, self.guided_json)) > 1:
             raise ValueError("give one of response_format, structured_outputs and guided_json")
         return self
 
     def constraint(self) -> Constraint | None:
-        """What the answer must keep to."""
-        return next(iter(self._constraints()), None)
-
-    def _constraints(self) -> list[Constraint]:
-        """As each field says that may say so; `guided_json` is vLLM's older name for it."""
-        found = [] if self.structured_outputs is None else [self.structured_outputs.constraint()]
+        """What the answer must keep to; `guided_json` is vLLM's older name for a schema."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.constraint()
         if self.guided_json is not None:
-            found.append(Constraint.schema(self.guided_json))
+            return Constraint.schema(self.guided_json)
         wanted = self.response_format
-        if wanted is not None and wanted.type != "text":
-            asked = wanted.json_schema if wanted.type == "json_schema" else None
-            found.append(ANY_OBJECT if asked is None else Constraint.schema(asked.schema_))
-        return found
+        if wanted is None or wanted.type == "text":
+            return None
+        asked = wanted.json_schema if wanted.type == "json_schema" else None
+        return ANY_OBJECT if asked is None else Constraint.schema(asked.schema_)
 
     def sampling(
         self,

@@ -31,6 +31,11 @@ def message(*parts: Any, **more: Any) -> dict[str, Any]:
         (CompletionRequest, {"prompt": "a", "stop": ["x" * 257]}, "stop.0"),
         (CompletionRequest, {"prompt": "a", "logit_bias": {"x" * 200_000: 1}}, "logit_bias"),
         (CompletionRequest, {"prompt": "a", "logit_bias": {f"x{i}": 1 for i in range(MANY)}}, "logit_bias"),
+        (
+            CompletionRequest,
+            {"prompt": "a", "structured_outputs": {f"x{i}": 1 for i in range(MANY)}},
+            "structured_outputs",
+        ),
         (ChatCompletionRequest, message(*[{}] * MANY), "messages.0.content.0.type"),
         (ChatCompletionRequest, message(tool_calls=[{}] * MANY), "messages.0.tool_calls.0.function"),
         (ChatCompletionRequest, {"messages": [{}] * MANY}, "messages.0.role"),
