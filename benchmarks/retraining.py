@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.record import make_record, parser, recorded_rows, take_in_recorded, write_record
 from benchmarks.retraining_arms import BUDGETS, Arm, ablation_arms, arms_of, one_shot_arms
+from benchmarks.zero_shot import check_tasks
 
 _PUBLISHED, _OURS = "AST as published", "ours"
 _WINDOWS = (512, 2048)
@@ -48,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
     flags.add_argument("--cost", action="store_true", help="measure the cost of a step and the loop's speed too")
     options = flags.parse_args(list(argv))
     options.tokens = options.tokens or (_QUICK_TOKENS if options.quick else _TOKENS)
+    if options.zero_shot:
+        check_tasks(options.zero_shot)  # before the hours of making, not after
     rows = recorded_rows(options.json, "retraining")
     bench = Bench(options)
     bench.add_dense(rows)

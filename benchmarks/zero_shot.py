@@ -7,6 +7,7 @@ Every file of a folder is a task of its name; `acc` is the share of questions wh
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,13 @@ def zero_shot_accuracies(model: Any, tokenizer: Any, folder: Path) -> dict[str, 
     """`acc` and its standard error by task.
 
     Raises:
-        ValueError: lm-eval is not installed, or the folder holds no tasks.
+        ValueError: as `check_tasks`.
     """
-    files = sorted(folder.glob("*.jsonl"))
-    if not files:
-        raise ValueError(f"{folder} holds no .jsonl file; give a folder of tasks, one a file")
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.api.task import ConfigurableTask
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ValueError(f"zero-shot tasks need lm-eval ({error}): pip install halfweight[eval]") from None
+    files = check_tasks(folder)
+    from lm_eval import simple_evaluate
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+
     tasks = [ConfigurableTask(config=_config(file)) for file in files]
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
     found = simple_evaluate(lm, tasks=tasks, bootstrap_iters=0)
@@ -40,6 +37,20 @@ def zero_shot_accuracies(model: Any, tokenizer: Any, folder: Path) -> dict[str, 
         result[f"acc {file.stem}"] = share
         result[f"stderr acc {file.stem}"] = (share * (1 - share) / count) ** 0.5
     return result
+
+
+def check_tasks(folder: Path) -> list[Path]:
+    """The folder's tasks, a file each.
+
+    Raises:
+        ValueError: there is none, or lm-eval is not installed.
+    """
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"{folder} holds no .jsonl file; give a folder of tasks, one a file")
+    if find_spec("lm_eval") is None:
+        raise ValueError("zero-shot tasks need lm-eval: pip install halfweight[eval]")
+    return files
 
 
 def _config(file: Path) -> dict[str, Any]:
