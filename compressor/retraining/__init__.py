@@ -109,6 +109,7 @@ def retrain(
     given, names = model, list(linears)
     home, device = next(model.parameters()).device, training_device()
     model = model.to(device)
+    spread.take_from_first([*model.parameters(), *masks.values()])
     before, dtype = next(model.parameters()).dtype, compute_dtype(loop.precision, device)
     record = {"loop": asdict(loop), "settings": asdict(settings), "method": method, "budget": asdict(budget)}
     snapshots = None

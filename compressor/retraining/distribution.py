@@ -96,6 +96,16 @@ class Distribution:
             dist.all_reduce(squares[True])
         return float((squares[True] + squares[False].to(squares[True].device)).sqrt())
 
+    @torch.no_grad()
+    def take_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Every process goes on with the first one's values: what each has computed may differ in the last bits."""
+        if self.world == 1:
+            return
+        for tensor in tensors:
+            sent = tensor.detach().to(_device()).contiguous()
+            dist.broadcast(sent.view(torch.uint8) if sent.dtype is torch.bool else sent, 0)
+            tensor.copy_(sent)
+
     def mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The mean of each metric over the processes."""
         if self.world == 1:

@@ -106,6 +106,7 @@ def finetune(
     spread = distribution(loop.distribution)
     if spread.sharded:
         raise ValueError("fine-tuning for a task is not sharded: give loop.distribution=ddp, or one process")
+    spread.take_from_first(model.parameters())
     snapshots = None
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)

@@ -43,10 +43,25 @@ torch.save({"model": model.state_dict(), "losses": losses, "validation": report.
 """
 
 
-def launch(folder: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+SHARED = """
+import sys
+from pathlib import Path
+import torch
+from compressor.retraining.distribution import distribution
+
+spread = distribution()
+torch.manual_seed(spread.rank)
+weight = torch.nn.Parameter(torch.randn(4, 6, dtype=torch.bfloat16))
+mask, turned = torch.rand(4, 6) < 0.5, torch.randn(6, 4).t()
+spread.take_from_first([weight, mask, turned])
+torch.save([weight.detach(), mask, turned], Path(sys.argv[1]) / f"{spread.rank}.pt")
+"""
+
+
+def launch(folder: Path, processes: int, *arguments: str, source: str = SCRIPT) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
     script = folder / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(source)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     return subprocess.run(
@@ -101,6 +116,15 @@ def test_two_killed_processes_go_on_to_the_same_end(tmp_path: Path, strategy: st
     for before, after in zip(whole, again, strict=True):
         for name, tensor in before["model"].items():  # type: ignore[attr-defined]
             assert torch.equal(tensor, after["model"][name]), name  # type: ignore[index]
+
+
+def test_all_start_from_what_the_first_has(tmp_path: Path) -> None:
+    done = launch(tmp_path, 2, source=SHARED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(first[0], torch.randn(4, 6, dtype=torch.bfloat16))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def test_batches_that_cannot_be_shared_are_refused() -> None:
