@@ -5,7 +5,6 @@ Runs before anything long: reads the configuration and shapes, never the weights
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -14,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import psutil
 import torch
@@ -22,7 +20,7 @@ from torch import nn
 
 from compressor.awq import check_awq
 from compressor.calibration import blocks_of
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint import Checkpoint, read_json
 from compressor.compressed_linear import linear_shape
 from compressor.data import ACCEPTED, NAMED
 from compressor.formats import make_format
@@ -148,14 +146,16 @@ def check_teacher(folder: Path, recipe: Recipe, task: Task) -> str | None:
             raise ValueError(f"task.teacher {name!r} given, and loop.kl_weight 0 leaves it out: leave out one of them")
         return None
     if name is None:
-        if labels is None or _classes(_config(folder)) != max(1, len(labels)):
+        if labels is None or _classes(folder) != max(1, len(labels)):
             return None
         return "the model's head fits the task: if it knows the task, it is its own teacher (loop.kl_weight=0: none)"
     teacher = fetch_model(name)
-    if labels is not None and (classes := _classes(_config(teacher))) != max(1, len(labels)):
+    if labels is not None and (classes := _classes(teacher)) != max(1, len(labels)):
         has = f"a head for {classes} classes" if classes else "no head for classes"
-        raise ValueError(f"teacher {name} has {has}, the task has {len(labels)}: give one that is fine-tuned for it")
-    sizes = [_config(where).get("vocab_size") for where in (teacher, folder)]
+        raise ValueError(
+            f"teacher {name} has {has}, the task has {max(1, len(labels))}: give one that is fine-tuned for it"
+        )
+    sizes = [read_json(where / "config.json").get("vocab_size") for where in (teacher, folder)]
     if labels is None and sizes[0] != sizes[1]:
         raise ValueError(f"teacher {name} has a vocabulary of {sizes[0]}, {folder} one of {sizes[1]}; they must agree")
     text = " ".join(example.text for example in task.train[:8])
@@ -164,14 +164,10 @@ def check_teacher(folder: Path, recipe: Recipe, task: Task) -> str | None:
     return f"the model is distilled from {name} (loop.kl_weight {recipe.retraining.loop.kl_weight:g})"
 
 
-def _classes(config: Mapping[str, Any]) -> int:
+def _classes(folder: Path) -> int:
     """Outputs of a classifier's head, as transformers counts them; 0 for another model."""
+    config = read_json(folder / "config.json")
     return len(config.get("id2label") or (0, 1)) if is_classifier(config.get("architectures")) else 0
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-    return found
 
 
 def _check_text(recipe: Recipe) -> None:
