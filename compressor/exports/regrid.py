@@ -29,7 +29,10 @@ def fit_grid(weight: Tensor, fmt: Format) -> QuantizedWeight | None:
             break
         for step in (0, -1, 1):
             rows = groups[open_rows]
-            tried = _nudged((rows.float().abs().amax(1) / largest).to(fmt.dtype), step)
+            ends = rows.float().abs().amax(1)
+            tried = _nudged((ends / largest).to(fmt.dtype), step)
+            if fmt.grid is not None and largest > fmt.grid[1]:  # only the side below zero reaches so far
+                tried = torch.where(rows.float().amax(1) == ends, -tried, tried)
             fitted = fmt.rounded(rows.float() / tried.float()[:, None])
             fits = ((fitted * tried.float()[:, None]).to(fmt.dtype) == rows).all(1)
             scale[open_rows[fits]], values[open_rows[fits]] = tried[fits].float(), fitted[fits].to(values.dtype)

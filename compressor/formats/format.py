@@ -40,11 +40,12 @@ class QuantizedWeight:
     scale: Tensor | None = None
 
     def dequantized(self) -> Tensor:
-        """[O, I] float32: `values * scale`."""
-        values = self.values.float()
+        """[O, I] float32: `values * scale`, without -0.0."""
         if self.scale is None:
-            return values
-        return (values.unflatten(1, (self.scale.shape[1], -1)) * self.scale.float()[:, :, None]).flatten(1)
+            return self.values.float()
+        values = self.values.to(torch.float32, copy=True)
+        groups = values.unflatten(1, (self.scale.shape[1], -1))
+        return groups.mul_(self.scale.float()[:, :, None]).add_(0.0).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,12 @@ class Format:
     scaled: ClassVar[bool] = False
     """Whether values are multiplied by a scale for each group."""
     largest: ClassVar[float] = 1.0
-    """The value that a scale maps the largest weight of a group to."""
+    """The magnitude that a scale maps the largest weight of a group to."""
+
+    @property
+    def lopsided(self) -> bool:
+        """Whether the grid reaches further below zero than above, so that a negative scale gives another grid."""
+        return self.grid is not None and -self.grid[0] > self.grid[1]
 
     def rounded(self, values: Tensor) -> Tensor:
         """Floats, already divided by their scales, at the nearest values that the format stores; may change them."""
@@ -131,7 +137,31 @@ class Format:
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
                 raise ValueError(f"{self.name}: {name} holds NaN or infinity")
-        if "weight_scale" in tensors and bool((tensors["weight_scale"] < 0).any()):
+        if "weight_scale" in tensors:
+            self._check_signs(tensors["weight_scale"])
+
+    def checked_scale(self, weight: QuantizedWeight) -> Tensor:
+        """The scale of a quantised weight as [O, G] in `dtype`.
+
+        Raises:
+            ValueError: it is missing, not finite, negative where the grid has no use for that, or takes a value beyond
+                `dtype`.
+        """
+        scale, groups = weight.scale, self.groups(weight.values.shape[1])
+        if scale is None or scale.shape != (weight.values.shape[0], groups):
+            found = None if scale is None else tuple(scale.shape)
+            raise ValueError(f"expected a scale of shape {(weight.values.shape[0], groups)}, found {found}")
+        scale = scale.to(self.dtype)
+        if not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"scales must be finite in {self.dtype}")
+        self._check_signs(scale)
+        largest = weight.values.unflatten(1, (groups, -1)).abs().amax(2).float() * scale.float()
+        if not bool(torch.isfinite(largest.to(self.dtype)).all()):
+            raise ValueError(f"values times their scales go beyond {self.dtype}")
+        return scale
+
+    def _check_signs(self, scale: Tensor) -> None:
+        if not self.lopsided and bool((scale < 0).any()):
             raise ValueError(f"{self.name}: weight_scale holds negative values")
 
     def prepare(self, tensors: Tensors) -> dict[str, Tensor]:
@@ -175,25 +205,6 @@ class Format:
     def stored(self, tensors: Tensors) -> bool:
         """Whether tensors are in the stored layout (and not in a kernel's)."""
         return "weight_packed" in tensors or "weight" in tensors
-
-
-def checked_scale(weight: QuantizedWeight, groups: int, dtype: torch.dtype) -> Tensor:
-    """The scale of a quantised weight as [O, G] in `dtype`.
-
-    Raises:
-        ValueError: it is missing, negative or not finite, or takes a value beyond `dtype`.
-    """
-    scale = weight.scale
-    if scale is None or scale.shape != (weight.values.shape[0], groups):
-        found = None if scale is None else tuple(scale.shape)
-        raise ValueError(f"expected a scale of shape {(weight.values.shape[0], groups)}, found {found}")
-    scale = scale.to(dtype)
-    if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
-        raise ValueError(f"scales must be finite and not negative in {dtype}")
-    largest = weight.values.unflatten(1, (groups, -1)).abs().amax(2).float() * scale.float()
-    if not bool(torch.isfinite(largest.to(dtype)).all()):
-        raise ValueError(f"values times their scales go beyond {dtype}")
-    return scale
 
 
 def checked_grid(values: Tensor, grid: tuple[int, int]) -> Tensor:

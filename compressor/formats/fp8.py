@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressor.formats.format import Format, QuantizedWeight, Spec, Tensors, checked_floats, checked_scale
+from compressor.formats.format import Format, QuantizedWeight, Spec, Tensors, checked_floats
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -51,7 +51,7 @@ class Fp8(Format):
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         self.check(*weight.values.shape)
-        scale = checked_scale(weight, self.groups(weight.values.shape[1]), self.dtype)
+        scale = self.checked_scale(weight)
         return {"weight_packed": checked_e4m3(weight.values).to(E4M3), "weight_scale": scale}
 
     def unpack_quantized(self, tensors: Tensors) -> QuantizedWeight:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressor.formats.format import Format, QuantizedWeight, Spec, Tensors, checked_grid, checked_scale
+from compressor.formats.format import Format, QuantizedWeight, Spec, Tensors, checked_grid
 from compressor.formats.nibbles import pack_nibbles, unpack_nibbles
 
 
@@ -19,7 +19,7 @@ class Int4(Format):
     name: ClassVar[str] = "int4"
     grid: ClassVar[tuple[int, int]] = (-8, 7)
     scaled: ClassVar[bool] = True
-    largest: ClassVar[float] = 7
+    largest: ClassVar[float] = 8
 
     def check(self, out_features: int, in_features: int) -> None:
         super().check(out_features, in_features)
@@ -35,7 +35,7 @@ class Int4(Format):
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         self.check(*weight.values.shape)
-        scale = checked_scale(weight, self.groups(weight.values.shape[1]), self.dtype)
+        scale = self.checked_scale(weight)
         return {"weight_packed": pack_nibbles(checked_grid(weight.values, self.grid)), "weight_scale": scale}
 
     def unpack_quantized(self, tensors: Tensors) -> QuantizedWeight:

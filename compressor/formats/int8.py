@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressor.formats.format import Format, QuantizedWeight, Spec, Tensors, checked_grid, checked_scale
+from compressor.formats.format import Format, QuantizedWeight, Spec, Tensors, checked_grid
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Int8(Format):
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         self.check(*weight.values.shape)
-        scale = checked_scale(weight, self.groups(weight.values.shape[1]), self.dtype)
+        scale = self.checked_scale(weight)
         return {"weight_packed": checked_grid(weight.values, self.grid), "weight_scale": scale}
 
     def unpack_quantized(self, tensors: Tensors) -> QuantizedWeight:

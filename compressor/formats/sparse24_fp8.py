@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressor.formats.format import Format, QuantizedWeight, Spec, Tensors, checked_scale
+from compressor.formats.format import Format, QuantizedWeight, Spec, Tensors
 from compressor.formats.fp8 import E4M3, LARGEST, checked_e4m3, round_to_e4m3
 from compressor.formats.positions import check_positions, compress24, expand24
 from compressor.formats.sparse24 import meta_spec
@@ -36,7 +36,7 @@ class Sparse24Fp8(Format):
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         self.check(*weight.values.shape)
         kept, meta = compress24(checked_e4m3(weight.values))
-        scale = checked_scale(weight, self.groups(weight.values.shape[1]), self.dtype)
+        scale = self.checked_scale(weight)
         return {"weight_packed": kept.to(E4M3), "weight_meta": meta, "weight_scale": scale}
 
     def unpack_quantized(self, tensors: Tensors) -> QuantizedWeight:

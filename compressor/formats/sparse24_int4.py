@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressor.formats.format import Format, QuantizedWeight, Spec, Tensors, checked_grid, checked_scale
+from compressor.formats.format import Format, QuantizedWeight, Spec, Tensors, checked_grid
 from compressor.formats.nibbles import pack_nibbles, unpack_nibbles
 from compressor.formats.positions import check_positions, compress24, expand24
 from compressor.formats.sparse24 import meta_spec
@@ -25,7 +25,7 @@ class Sparse24Int4(Format):
     sparse: ClassVar[bool] = True
     grid: ClassVar[tuple[int, int]] = (-8, 7)
     scaled: ClassVar[bool] = True
-    largest: ClassVar[float] = 7
+    largest: ClassVar[float] = 8
 
     def spec(self, out_features: int, in_features: int) -> Spec:
         self.check(out_features, in_features)
@@ -38,7 +38,7 @@ class Sparse24Int4(Format):
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         self.check(*weight.values.shape)
         kept, meta = compress24(checked_grid(weight.values, self.grid))
-        scale = checked_scale(weight, self.groups(weight.values.shape[1]), self.dtype)
+        scale = self.checked_scale(weight)
         return {"weight_packed": pack_nibbles(kept), "weight_meta": meta, "weight_scale": scale}
 
     def unpack_quantized(self, tensors: Tensors) -> QuantizedWeight:

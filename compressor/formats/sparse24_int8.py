@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressor.formats.format import Format, QuantizedWeight, Spec, Tensors, checked_grid, checked_scale
+from compressor.formats.format import Format, QuantizedWeight, Spec, Tensors, checked_grid
 from compressor.formats.positions import check_positions, compress24, expand24
 from compressor.formats.sparse24 import meta_spec
 
@@ -34,7 +34,7 @@ class Sparse24Int8(Format):
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         self.check(*weight.values.shape)
         kept, meta = compress24(checked_grid(weight.values, self.grid))
-        scale = checked_scale(weight, self.groups(weight.values.shape[1]), self.dtype)
+        scale = self.checked_scale(weight)
         return {"weight_packed": kept, "weight_meta": meta, "weight_scale": scale}
 
     def unpack_quantized(self, tensors: Tensors) -> QuantizedWeight:

@@ -115,7 +115,7 @@ def _fit_scales(q: Tensor, w: Tensor, hessian: Tensor, scale: Tensor) -> None:
         curvature = ((values @ hessian[group, group]) * values).sum(1).clamp(min=torch.finfo(torch.float32).tiny)
         new = (old + slope / curvature).to(scale.dtype)
         step = new.float() - old
-        step = torch.where((new > 0) & (step * (2 * slope - step * curvature) > 0), step, 0.0)
+        step = torch.where((new * old > 0) & (step * (2 * slope - step * curvature) > 0), step, 0.0)
         scale[:, g] = (old + step).to(scale.dtype)
         change = values * step[:, None]
         q[:, group] += change

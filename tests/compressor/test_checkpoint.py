@@ -16,7 +16,8 @@ from compressor.checkpoint import Checkpoint, CheckpointError, CheckpointWriter,
 from compressor.cli import main
 from compressor.output import OutputFolder
 
-LINEAR = "model.layers.0.mlp.up_proj"
+LINEAR = "model.layers.0.mlp.up_proj"  # in int4, whose scales may be negative
+TABLE = "model.embed_tokens"  # in int8
 
 
 @pytest.fixture(scope="module")
@@ -107,18 +108,20 @@ def test_other_quantisers_are_refused_by_name(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "value", "message"),
+    ("module", "part", "value", "message"),
     [
-        ("weight_meta", 0xFF, "positions"),
-        ("weight_meta", 0x00, "positions"),
-        ("weight_scale", float("nan"), "NaN"),
-        ("weight_scale", -1.0, "negative"),
+        (LINEAR, "weight_meta", 0xFF, "positions"),
+        (LINEAR, "weight_meta", 0x00, "positions"),
+        (LINEAR, "weight_scale", float("nan"), "NaN"),
+        (TABLE, "weight_scale", -1.0, "negative"),
     ],
 )
-def test_values_that_break_the_format_are_refused(copy: Path, part: str, value: float, message: str) -> None:
-    edit_tensors(copy, lambda tensors: tensors[f"{LINEAR}.{part}"].view(-1)[:1].fill_(value))
+def test_values_that_break_the_format_are_refused(
+    copy: Path, module: str, part: str, value: float, message: str
+) -> None:
+    edit_tensors(copy, lambda tensors: tensors[f"{module}.{part}"].view(-1)[:1].fill_(value))
     with pytest.raises(CheckpointError, match=message):
-        Checkpoint.open(copy).module(LINEAR)
+        Checkpoint.open(copy).module(module)
 
 
 def test_wrong_shapes_and_missing_tensors_are_refused(copy: Path) -> None:

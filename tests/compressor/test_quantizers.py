@@ -67,6 +67,25 @@ def test_the_clip_search_beats_the_largest_weight() -> None:
     assert (rtn(weight, None, Scheme("int4", -1)).dequantized() - weight).norm() < 0.9 * error
 
 
+def test_the_grid_is_turned_to_the_largest_weight() -> None:
+    """The longer side of -8..7 lies where a group's largest weight is: less error than any positive scale has."""
+    weight, _, _ = layer()
+    fmt, groups = FORMATS["int4"](32), weight.unflatten(1, (8, 32))
+    largest = groups.abs().amax(2)
+    found = rtn(weight, None, Scheme("int4", 32))
+    assert found.scale is not None
+    turned = found.scale < 0
+    assert turned.float().mean() > 0.3
+    assert torch.equal(turned, (groups.amax(2) == largest) & (found.values.unflatten(1, (8, 32)).amin(2) == -8))
+    errors = torch.stack(
+        [
+            (snap(weight, largest * (1.1 - step / 80) / 7, fmt).dequantized() - weight).square().unflatten(1, (8, 32))
+            for step in range(41)
+        ]
+    ).sum(3)
+    assert (found.dequantized() - weight).square().sum() < 0.95 * errors.amin(0).sum()
+
+
 def test_important_inputs_are_rounded_better() -> None:
     weight, _, _ = layer()
     norm = torch.ones(256)
