@@ -103,8 +103,8 @@ def arms_of(budget: str) -> list[Arm]:
         Arm(f"ours {values} @ {budget}", f"ours {values}", tokens, packing(f"ast-2of4-{values}"), base=ours.label)
         for values in ("int4", "int8")
     ]
-    # Its last part sees the packed values, in place of the blocks' training on their grid at the end.
-    seen = {"retraining": {"loop": {"quantize_share": 0.25}}, "quantization": {"reconstruction": None}}
+    # Its last part sees the packed values, in place of what trains on their grid at the end.
+    seen = {"retraining": {"loop": {"quantize_share": 0.25}}, "quantization": {"reconstruction": None, "scales": None}}
     trained = Arm(
         f"ours int4, trained on its grid @ {budget}",
         "ours int4 trained on its grid",

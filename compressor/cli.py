@@ -95,7 +95,7 @@ def _compress(arguments: Sequence[str]) -> int:
     budget = [f"retraining.budget={options.budget}"] if options.budget else []
     untrained: list[str] = []  # what --set says of it counts all the same
     if options.one_shot:
-        untrained = ["reconstruction=null", "quantization.reconstruction=null"]
+        untrained = ["reconstruction=null", "quantization.reconstruction=null", "quantization.scales=null"]
         if load_recipe(options.recipe).quantization.reconstruction is not None:
             untrained.append("quantization.quantizer=gptq")  # stands in for training on the grid
     one_shot = ["retraining=null"] if options.one_shot else []
@@ -143,8 +143,7 @@ def _dry_run(model: str, recipe: Any, out: str, force: bool, low_memory: bool) -
     print(f"size       {plan.dense_bytes / 1e6:.1f} MB -> about {plan.packed_bytes / 1e6:.1f} MB")
     print(f"memory     about {plan.memory_bytes / 1e9:.1f} GB while compressing")
     print(f"disk       about {plan.disk_bytes / 1e9:.2f} GB for output and resume files")
-    trains = recipe.retraining or recipe.reconstruction or recipe.quantization.reconstruction
-    unknown = "as long as the text is" if trains else "none"
+    unknown = "as long as the text is" if recipe.trains_on_text or recipe.fine_tunes else "none"
     print(f"training   {unknown if plan.seconds is None else f'about {plan.seconds / 60:.0f} min'}")
     for note in plan.notes:
         print(f"note       {note}")

@@ -34,9 +34,10 @@ from compressor.models import block_linears, fetch_model, load_model, load_token
 from compressor.output import OutputFolder
 from compressor.preflight import Plan, check
 from compressor.pruning import most_sensitive, prune, sensitivities
-from compressor.quantizers import NEED_HESSIAN, QUANTIZERS
-from compressor.recipe import Recipe, parse_budget
+from compressor.quantizers import NEED_HESSIAN, QUANTIZERS, IntegerGrid
+from compressor.recipe import Recipe, Retraining, parse_budget
 from compressor.retraining import TextDistillation, reconstruction, text_loss
+from compressor.retraining import scales as scale_training
 from compressor.retraining.distribution import join, main_first
 from compressor.retraining.loop import identity_of, training_device
 from compressor.retraining.optimizers import Transform
@@ -69,6 +70,7 @@ def compress(name: str, recipe: Recipe, out: str | Path, *, force: bool = False,
         result, sparse, text = _train(name, recipe, output.path, report)
         transform(sparse, recipe, result.plan, text, report)
         quantize(sparse, recipe, text, result, report)
+        train_scales(sparse, recipe, text, result, report)
         sparse.to_cpu()
         save(sparse, name, recipe, output, result, report)
     shutil.rmtree(work_folder(output.path), ignore_errors=True)
@@ -125,8 +127,15 @@ def read_text(folder: Path, recipe: Recipe, result: Result) -> TextBlocks | None
 
 def blocks_needed(recipe: Recipe) -> int:
     """Blocks of text that calibration reads."""
-    trained = [settings.samples for settings in (recipe.reconstruction, recipe.quantization.reconstruction) if settings]
-    return max(*trained, recipe.quantization.samples, recipe.sparsity.samples if recipe.sparsity else 1)
+    settings = recipe.quantization
+    trained = [stage.samples for stage in (recipe.reconstruction, settings.reconstruction, settings.scales) if stage]
+    needed = max(*trained, settings.samples, recipe.sparsity.samples if recipe.sparsity else 1)
+    return needed + (held_out(recipe) if settings.scales else 0)
+
+
+def held_out(recipe: Recipe) -> int:
+    """Blocks of text that nothing trains on."""
+    return (recipe.retraining or Retraining()).validation_blocks
 
 
 def choose_dense(
@@ -306,6 +315,39 @@ def quantize(sparse: SparseModel, recipe: Recipe, text: TextBlocks | None, resul
         grids = rounding_grids(sparse, unrounded, result.plan, text.blocks[: recipe.quantization.samples])
         start, end = _reconstructed(sparse, unrounded, settings, recipe, text, result, report, grids)
         result.figures |= {"block_error_rounded": start, "block_error_rebuilt": end}
+
+
+def train_scales(sparse: SparseModel, recipe: Recipe, text: TextBlocks | None, result: Result, report: Report) -> None:
+    """Trains the scales of the rounded weights end to end, where the recipe wants it."""
+    settings = recipe.quantization.scales
+    if text is None or settings is None:
+        return
+    tokens, validation = text.split(held_out(recipe))
+    teacher = result.plan.folder if settings.teacher is None else fetch_model(settings.teacher)
+    grids, dtypes = {}, {}
+    for name, module in block_linears(sparse.model).items():
+        if name in result.plan.schemes:
+            grid = sparse.grid_of(name, weight_of(module).detach(), result.plan.schemes[name])
+            if isinstance(grid, IntegerGrid):
+                grids[name], dtypes[name] = grid, sparse.scales[name].dtype
+    if not grids:
+        return
+    with sparse.branches_attached():
+        scales, before, after = scale_training.train_scales(
+            sparse.model,
+            TextDistillation(tokens, load_model(teacher), kl_weight=settings.kl_weight),
+            {name: sparse.model.get_submodule(name) for name in grids},
+            grids,
+            dtypes,
+            settings,
+            precision=recipe.retraining.loop.precision if recipe.retraining else "auto",
+            seed=recipe.seed + 1,  # retraining began with the blocks of the seed itself
+            validation=validation,
+            work_dir=work_folder(result.out) / "scales",
+            progress=lambda step, total, metrics: report("scales", step, total, watched(metrics)),
+        )
+    sparse.scales |= scales
+    result.figures |= {"validation_loss_rounded": _rounded(before), "validation_loss_packed": _rounded(after)}
 
 
 @torch.no_grad()

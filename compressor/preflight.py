@@ -60,7 +60,7 @@ class Plan:
         packed_bytes: of the packed weights.
         memory_bytes: estimated peak while compressing.
         disk_bytes: needed for output and resume files.
-        seconds: estimated time of retraining and reconstruction, or None without them or where it is not known.
+        seconds: estimated time of all that trains, or None without that or where it is not known.
         notes: things worth knowing before the start.
         task: what the model is fine-tuned for, where the recipe names a task.
     """
@@ -289,12 +289,14 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _seconds(recipe: Recipe, parameters: int) -> float | None:
-    """Time of retraining and reconstruction: the budget itself, or operations over a measured rate."""
+    """Time of all that trains: the budget itself, or operations over a measured rate."""
     rebuilt = [settings for settings in (recipe.reconstruction, recipe.quantization.reconstruction) if settings]
-    if recipe.retraining is None and not rebuilt:
+    if not recipe.trains_on_text:
         return None
     # Of a weight and token: forward and backward in each pass (6), and three forwards (2) of student or teacher.
     operations = float(sum(settings.samples * (6 * settings.passes + 6) for settings in rebuilt) * recipe.text.length)
+    if recipe.quantization.scales is not None:
+        operations += 8 * recipe.quantization.scales.samples * recipe.text.length
     seconds = 0.0
     if recipe.retraining is not None:
         budget = parse_budget(recipe.retraining.budget)

@@ -23,6 +23,7 @@ from compressor.quantizers import NEED_HESSIAN, QUANTIZERS
 from compressor.retraining import METHODS, AstSettings, Budget, CastSettings, LoopSettings, LowRankSettings
 from compressor.retraining.pst import PstSettings
 from compressor.retraining.reconstruction import ReconstructionSettings
+from compressor.retraining.scales import ScaleSettings
 from compressor.retraining.task_methods import METHODS as TASK_METHODS
 from compressor.scheme import LowRank, Scheme
 from compressor.solvers import SOLVERS
@@ -223,6 +224,8 @@ class Quantization(_Section):
     """Blocks of text that a quantiser reads, if it reads any."""
     reconstruction: ReconstructionSettings | None = None
     """Train the rounded weights of each block on their grid, so that it gives what it gave before it was rounded."""
+    scales: ScaleSettings | None = None
+    """Train the scales of weights that became integers end to end against the dense model, last of all."""
     embeddings: Literal["int8", "dense"] = "int8"
     """How embeddings and LM head are stored; they are never pruned."""
     kv_cache_dtype: Literal["bfloat16", "int8", "fp8"] | None = None
@@ -289,11 +292,11 @@ class Recipe(_Section):
             raise ValueError(f"retraining.loop.{silent[0]} says something of training on text only; leave it out")
         self._check_pruned_for_task(str(method))
         settings = self.quantization
-        rebuilt = self.reconstruction is not None or settings.reconstruction is not None
-        if settings.quantizer != "rtn" or settings.transform is not None or rebuilt:
+        trained = any((self.reconstruction, settings.reconstruction, settings.scales))
+        if settings.quantizer != "rtn" or settings.transform is not None or trained:
             raise ValueError(
                 "with a task weights are rounded to nearest, on grids that the last part of fine-tuning has seen "
-                "(retraining.loop.quantize_share); leave quantizer, transform and reconstruction out"
+                "(retraining.loop.quantize_share); leave quantizer, transform, reconstruction and scales out"
             )
 
     def _check_pruned_for_task(self, method: str) -> None:
@@ -361,8 +364,13 @@ class Recipe(_Section):
         rounded = settings.quantizer in NEED_HESSIAN or settings.transform is not None
         if self.fine_tunes:
             return False
-        rebuilt = self.reconstruction is not None or settings.reconstruction is not None
-        return self.retraining is not None or rebuilt or calibrated or rounded
+        return self.trains_on_text or calibrated or rounded
+
+    @property
+    def trains_on_text(self) -> bool:
+        """Whether any stage trains, but for a task."""
+        stages = (self.retraining, self.reconstruction, self.quantization.reconstruction, self.quantization.scales)
+        return not self.fine_tunes and any(stage is not None for stage in stages)
 
 
 def check_given_task(recipe: Recipe) -> None:
@@ -392,6 +400,11 @@ def check_streamable(recipe: Recipe) -> None:
                 f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} rebuilds blocks "
                 f"beside those of a second model. Give --set {key}=null too, or leave it out."
             )
+    if recipe.quantization.scales is not None:
+        raise ValueError(
+            f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} trains the scales of all "
+            "of them. Give --set quantization.scales=null too, or leave it out."
+        )
     if recipe.quantization.transform is not None:
         raise ValueError(
             f"--low-memory holds one block of the model at a time, and recipe {recipe.name!r} moves scales between "
@@ -495,5 +508,6 @@ _SECTION_KEYS: dict[tuple[Any, ...], list[str]] = {
     ("retraining", "ast", "low_rank"): [field.name for field in fields(LowRankSettings)],
     ("reconstruction",): [field.name for field in fields(ReconstructionSettings)],
     ("quantization", "reconstruction"): [field.name for field in fields(ReconstructionSettings)],
+    ("quantization", "scales"): [field.name for field in fields(ScaleSettings)],
     ("quantization",): list(Quantization.model_fields),
 }

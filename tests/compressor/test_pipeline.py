@@ -14,14 +14,19 @@ from compressor import pipeline
 from compressor.calibration import calibrate_blocks, weight_of
 from compressor.checkpoint import Checkpoint
 from compressor.cli import main
+from compressor.data import load_text
+from compressor.exports import export_checkpoint
 from compressor.formats import make_format
 from compressor.inspection import inspect, packed_modules, verify
 from compressor.masks import check_n_m
+from compressor.models import load_model, load_tokenizer
 from compressor.pipeline import quantize, retrain
+from compressor.retraining import text_loss
 
 FAST = ["--set", "retraining.budget=4ktok", "--set", "text.length=64", "--set", "sparsity.samples=8"]
 FAST += ["--set", "retraining.validation_blocks=4", "--set", "retraining.loop.batch=8"]
-QUICKLY = ["--set", "reconstruction.samples=8", "--set", "quantization.reconstruction.samples=8"]
+QUICKLY = ["reconstruction.samples=8", "quantization.reconstruction.samples=8", "quantization.scales.samples=8"]
+QUICKLY = [part for setting in QUICKLY for part in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +101,20 @@ def test_rounded_blocks_are_trained_to_give_what_they_gave(
     assert verify(out).sparse == 14
     figures = dict(re.findall(r"block[ _]error[ _](rounded|rebuilt)\W+([0-9.]+)", (out / "README.md").read_text()))
     assert 0 < float(figures["rebuilt"]) < 0.8 * float(figures["rounded"])
+
+
+def test_scales_are_trained_last_and_what_is_packed_has_them(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "model", ["--set", f"text.source={prose}", "--set", "text.length=64"]
+    settings = ["scales.samples=64", "scales.learning_rate=5e-3", "scales.kl_weight=0.1", "quantizer=rtn"]
+    scales = [part for setting in settings for part in ("--set", f"quantization.{setting}")]
+    assert main([str(tiny_llama), "--recipe", "one-shot-2of4-int4", "--out", str(out), *text, *scales]) == 0
+    assert verify(out).sparse == 14
+    losses = dict(re.findall(r"validation[ _]loss[ _](rounded|packed)\W+([0-9.]+)", (out / "README.md").read_text()))
+    assert float(losses["packed"]) < float(losses["rounded"])
+    export_checkpoint(out, "dense", tmp_path / "dense", allow_lossy=True)
+    blocks = load_text(str(prose), load_tokenizer(tiny_llama), length=64, seed=0, max_tokens=64 * (64 + 16)).blocks
+    found = text_loss(load_model(tmp_path / "dense"), blocks[-16:])
+    assert found == pytest.approx(float(losses["packed"]), abs=2e-3)
 
 
 def test_gptq_sees_the_inputs_that_low_rank_branches_leave(

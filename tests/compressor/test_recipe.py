@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor.recipe import RecipeError, load_recipe, parse_budget, parse_recipe, recipe_names
+from compressor.recipe import RecipeError, check_streamable, load_recipe, parse_budget, parse_recipe, recipe_names
 from compressor.retraining import Budget
 from compressor.retraining.schedules import learning_rate
 from compressor.scheme import LowRank
@@ -73,6 +73,11 @@ def test_files_and_their_faults(tmp_path: Path) -> None:
 def test_retraining_without_sparsity_is_refused() -> None:
     with pytest.raises(RecipeError, match="needs a sparsity section"):
         parse_recipe({"retraining": {"budget": "1m"}})
+
+
+def test_training_scales_needs_the_whole_model() -> None:
+    with pytest.raises(ValueError, match=r"quantization\.scales=null"):
+        check_streamable(load_recipe("one-shot-2of4-int4", ["quantization.scales.samples=8"]))
 
 
 def test_formats_follow_from_sparsity_and_values() -> None:

@@ -1,0 +1,203 @@
+"""Scales of a quantised model trained end to end: E2E-QP of EfficientQAT (Chen et al., arXiv 2407.11062, section 3.2).
+
+The grid values stay as they are, so that no weight can be rounded to the other side and back; one number for each group
+of weights learns what the whole depth makes of all the rounding, against the dense model and the text. A scale is
+`s * (1 + d)`, rounded to the dtype that it is stored in, and d trains: rates are shares of a scale.
+
+Shapes: O out_features, I in_features, G groups a row.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compressor.calibration import is_conv1d, weight_of
+from compressor.quantizers import IntegerGrid
+from compressor.retraining.distillation import text_loss
+from compressor.retraining.loop import (
+    LoopSettings,
+    Progress,
+    Run,
+    compute_dtype,
+    identity_of,
+    plain_attention,
+    training_device,
+)
+from compressor.retraining.objective import Objective
+from compressor.retraining.optimizers import AdamSettings, Trained, adam_steps
+from compressor.retraining.schedules import Budget, Plan
+from compressor.retraining.snapshots import Snapshots
+
+log = logging.getLogger(__name__)
+
+_ADAM = AdamSettings(form="coupled")
+
+
+@dataclass(frozen=True)
+class ScaleSettings:
+    """How scales are trained.
+
+    Args:
+        samples: blocks of text, `batch` a step.
+        learning_rate: Adam's, as a share of a scale.
+        kl_weight: of the dense model's predictions; the rest is the text's.
+        teacher: the dense model, where the one that is compressed is sparse already; None: the one that is compressed.
+    """
+
+    samples: int = 128
+    batch: int = 1
+    learning_rate: float = 1e-3
+    kl_weight: float = 0.5
+    teacher: str | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.batch) < 1 or self.learning_rate <= 0 or not 0 <= self.kl_weight <= 1:
+            raise ValueError("samples, batch and learning_rate of scales must be above 0, kl_weight be in [0, 1]")
+
+
+class GroupScales(Trained):
+    """The scales of one weight: the master holds d [O, G], the parameter shows `values * scale`."""
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, grid: IntegerGrid, dtype: torch.dtype) -> GroupScales:
+        """From a weight that lies on the grid.
+
+        Args:
+            dtype: in which scales are stored.
+        """
+        start = grid.scale
+        groups = weight_of(module).detach().float().unflatten(1, (start.shape[1], -1))
+        values = (groups / start[:, :, None]).round_().clamp_(grid.lowest, grid.highest).to(torch.int8)
+        d, momentum, variance = (torch.zeros_like(start) for _ in range(3))
+        entry = cls(name, module.weight, is_conv1d(module), d, momentum, variance)  # type: ignore[arg-type]
+        entry.start, entry.values, entry.dtype = start, values, dtype
+        entry.transform = entry._shown
+        return entry
+
+    start: Tensor
+    values: Tensor
+    dtype: torch.dtype
+
+    def scale(self, rows: slice = slice(None)) -> Tensor:
+        """As it is stored [O, G]."""
+        return (self.start[rows] * (1.0 + self.master[rows])).to(self.dtype)
+
+    def _shown(self, _d: Tensor, rows: slice) -> Tensor:
+        return (self.values[rows] * self.scale(rows).float()[:, :, None]).flatten(1)
+
+    def take_gradient(self, several: bool) -> None:
+        """The weight's gradient, summed over each group as far as it goes along the values."""
+        before, self.gradient = self.gradient, None
+        super().take_gradient(several=False)
+        found = self.gradient
+        if found is not None:
+            along = found.unflatten(1, (self.start.shape[1], -1)).float().mul_(self.values).sum(2).mul_(self.start)
+            self.gradient = along if before is None else before.add_(along)
+        else:
+            self.gradient = before
+
+
+class ScaleTraining:
+    """The method's part of a run: scales train, all else of the model is frozen."""
+
+    def __init__(self, entries: list[GroupScales]) -> None:
+        self.entries = entries
+
+    @property
+    def trained(self) -> list[Trained]:
+        return list(self.entries)
+
+    def before_step(self, step: int) -> dict[str, float]:
+        return {}
+
+    def update(self, step: int, progress: float, rate: float, scale: float) -> dict[str, float]:
+        adam_steps(self.entries, _ADAM, step=step + 1, rate=rate, decay=0.0, scale=scale)
+        return {}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {}
+
+    def quantize_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Weights are on their grids from the start."""
+
+    def finish(self) -> None:
+        """Scales are what the forward saw last."""
+
+    def detach(self) -> None:
+        """Nothing hangs on the model."""
+
+
+def train_scales(
+    model: nn.Module,
+    objective: Objective,
+    linears: Mapping[str, nn.Module],
+    grids: Mapping[str, IntegerGrid],
+    dtypes: Mapping[str, torch.dtype],
+    settings: ScaleSettings,
+    *,
+    precision: str = "auto",
+    seed: int = 0,
+    validation: Tensor | None = None,
+    work_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Tensor], float | None, float | None]:
+    """Train the scales of weights that lie on their grids; the model ends on the new ones, in the dtype it came in.
+
+    Scales that make the loss on `validation` worse are not kept.
+
+    Args:
+        linears: by name; `grids` their grids, and `dtypes` those that their scales are stored in, by the same names.
+        seed: of the order of the text.
+        validation: text blocks [n, L] that are only measured.
+        work_dir: where snapshots are kept, so that a killed run goes on.
+
+    Returns:
+        The scales [O, G] by name, and the validation loss before and after.
+    """
+    home, device = next(model.parameters()).device, training_device()
+    model.to(device)
+    dtype = compute_dtype(precision, device)
+    loop = LoopSettings(
+        learning_rate=settings.learning_rate, batch=settings.batch, precision=precision, seed=seed, keep_checkpoints=1
+    )
+    snapshots = None
+    if work_dir is not None:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        identity = identity_of(model, {}, objective.identity(), {"scales": asdict(settings), "loop": asdict(loop)})
+        snapshots = Snapshots(work_dir / "snapshots", identity, loop.keep_checkpoints)
+    model.eval().requires_grad_(False)
+    near = {name: IntegerGrid(grid.scale.to(device), grid.lowest, grid.highest) for name, grid in grids.items()}
+    method = ScaleTraining([GroupScales.of(name, linears[name], near[name], dtypes[name]) for name in grids])
+    stored = {parameter: parameter.data for parameter in model.parameters()}
+    for parameter, data in stored.items():
+        parameter.data = data.to(dtype)
+    for entry in method.entries:
+        entry.parameter.requires_grad_(True)
+        entry.publish()
+    objective.prepare(model, dtype)
+    plan = Plan(Budget(tokens=settings.samples * objective.tokens), settings.batch * objective.tokens)
+    run = Run(model, objective, method, loop, plan, snapshots, None, progress)
+    with plain_attention(model, objective.tokens):
+        start = None if validation is None else text_loss(model, validation)
+        run.train()
+        end = None if validation is None else text_loss(model, validation)
+    for parameter, data in stored.items():
+        parameter.data = data
+    if start is not None and end is not None and not end <= start:
+        log.warning("training the scales made it worse (%.4f from %.4f); they stay as they were", end, start)
+        end = start
+        for entry in method.entries:
+            entry.master.zero_()
+    scales = {}
+    with torch.no_grad():
+        for entry in method.entries:
+            entry.publish()
+            scales[entry.name] = entry.scale().cpu()
+    model.requires_grad_(True).to(home)
+    return scales, start, end
