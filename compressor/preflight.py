@@ -42,6 +42,7 @@ ENCODERS = ("bert", "roberta")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _TOKENS_OF_A_WORD = 1.5
 _GROUP_SIZES = (128, 64, 32)
+_PROBE = "The quick brown fox jumps over 13 lazy dogs; naïve, isn't it?"  # two tokenizers that agree on it are the same
 _STREAMING_BYTES = 8e8
 """Imports and blocks of rows of a run that never holds the model."""
 
@@ -114,6 +115,9 @@ def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) 
         check_awq(str(model.config.model_type))
     schemes = linear_schemes(linears, recipe) | embedding_schemes(model, recipe)
     plan = _estimate(folder, model, schemes, mask_shapes(linears, recipe), recipe)
+    scales = recipe.quantization.scales
+    if scales is not None and scales.teacher is not None:
+        _check_tokens(scales.teacher, fetch_model(scales.teacher), folder, _PROBE)
     if task is not None:
         taught = check_teacher(folder, recipe, task)
         seconds = _task_seconds(recipe, task, plan.parameters, taught=taught is not None)
@@ -155,13 +159,18 @@ def check_teacher(folder: Path, recipe: Recipe, task: Task) -> str | None:
         raise ValueError(
             f"teacher {name} has {has}, the task has {max(1, len(labels))}: give one that is fine-tuned for it"
         )
-    sizes = [read_json(where / "config.json").get("vocab_size") for where in (teacher, folder)]
-    if labels is None and sizes[0] != sizes[1]:
-        raise ValueError(f"teacher {name} has a vocabulary of {sizes[0]}, {folder} one of {sizes[1]}; they must agree")
     text = " ".join(example.text for example in task.train[:8])
+    _check_tokens(name, teacher, folder, text, writes=labels is None)
+    return f"the model is distilled from {name} (loop.kl_weight {recipe.retraining.loop.kl_weight:g})"
+
+
+def _check_tokens(name: str, teacher: Path, folder: Path, text: str, *, writes: bool = True) -> None:
+    """Raises ValueError for a teacher that reads other tokens, or `writes` others."""
+    sizes = [read_json(where / "config.json").get("vocab_size") for where in (teacher, folder)]
+    if writes and sizes[0] != sizes[1]:
+        raise ValueError(f"teacher {name} has a vocabulary of {sizes[0]}, {folder} one of {sizes[1]}; they must agree")
     if load_tokenizer(teacher)(text)["input_ids"] != load_tokenizer(folder)(text)["input_ids"]:
         raise ValueError(f"teacher {name} reads other tokens than {folder}; give one that was made from the same model")
-    return f"the model is distilled from {name} (loop.kl_weight {recipe.retraining.loop.kl_weight:g})"
 
 
 def _classes(folder: Path) -> int:
@@ -246,7 +255,10 @@ def _estimate(
     # Trained: fp32 weight, gradient, two moments, a bf16 teacher; logits come in chunks. Else: fp32 weights.
     # Where only small matrices train: the frozen weight and what the forward sees of it, the mask, a teacher.
     state, kept = (3 * compute_dtype("auto", training_device()).itemsize + 1, 1.5) if small else (4 * 4 + 2 + 2, 13)
-    memory = parameters * (state if trained else 6) + 2048 * vocabulary * 4 * (3 if trained else 0) + 5e8
+    # Where scales alone train: the fp32 and the bf16 weight, the grid value, the gradient, a bf16 teacher.
+    scaled = recipe.quantization.scales is not None
+    size, logits = (state, 3) if trained else (4 + 2 + 1 + 2 + 2, 3) if scaled else (6, 0)
+    memory = parameters * size + 2048 * vocabulary * 4 * logits + 5e8
     disk = packed * 1.1 + (parameters * kept * 3 if trained else 0)
     notes = []
     model_type = str(model.config.model_type)  # type: ignore[union-attr]

@@ -259,6 +259,15 @@ class TestBadInput:
         line = self.run(capsys, tiny_llama, tmp_path / "o", "--set", "text.source=nowhere.txt")
         assert "'nowhere.txt' is not there" in line
 
+    def test_a_teacher_of_the_scales_with_another_vocabulary(
+        self, capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(tiny_llama, tmp_path / "other")
+        config = json.loads((tmp_path / "other" / "config.json").read_text())
+        (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "vocab_size": 99}))
+        teacher = f"quantization.scales.teacher={tmp_path / 'other'}"
+        assert "vocabulary of 99" in self.run(capsys, tiny_llama, tmp_path / "o", "--set", teacher)
+
     def test_unknown_model(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert "accepted: a model folder" in self.run(capsys, "nothing-here", tmp_path / "o")
 
