@@ -26,7 +26,7 @@ from benchmarks.record import make_record, parser, recorded_rows, take_in_record
 
 _DRAWS = 10_000
 _QUICK_EXAMPLES = 256
-_WRITING_EXAMPLES = 2000
+_WRITING_EXAMPLES, _WRITING_EPOCHS = 2000, 3.0
 _KNOWN = (*METHODS, DISTILLED, *SCORES)
 
 
@@ -96,7 +96,7 @@ def _wanted(options: Any) -> list[list[Job]]:
     found = [arm for arm in arms(patterns, options.seeds, ablation=options.ablation) if arm.method in methods]
     jobs: list[Job] = [(arm.label, "classify", arm) for arm in found]
     if options.generation:
-        for method in ("dense", "movement", "pst"):
+        for method in ("dense", "pst", "movement"):
             arm = PstArm(method, "none" if method == "dense" else "2:4", 0)
             jobs.append((f"writing: {arm.label}", "write", arm))
     if options.correlation:
@@ -198,7 +198,8 @@ class Bench:
         count = options.examples if options.quick else _WRITING_EXAMPLES
         folder, tokenizer, task = self._prepared(options.model, "story-words", options.writings, count)
         work_dir = options.work and options.work / arm.method
-        model, cost = train_writer(folder, tokenizer, task, arm, 1.0, work_dir)
+        epochs = options.epochs if options.quick else _WRITING_EPOCHS
+        model, cost = train_writer(folder, tokenizer, task, arm, epochs, work_dir)
         model.to(training_device())
         found = evaluate(model, tokenizer, task, task.test, length=LENGTH)
         if work_dir:

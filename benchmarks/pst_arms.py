@@ -25,6 +25,9 @@ from compressor.tasks.encoding import encode
 
 PATTERNS = ("2:4", "50%", "90%")
 BATCH = 32
+WRITING_BATCH = (
+    8  # as GPT-2's data-to-text results have it; three epochs of 2,000 examples are 750 steps, as many as above
+)
 LENGTH = 64
 _CHECKPOINT_MINUTES = 3.0
 _LOOP = LoopSettings(batch=BATCH, warmup=0.1, beta2=0.999, kl_weight=0.0)
@@ -140,7 +143,8 @@ def train_writer(
 
     model = load_model(folder)
     objective = WrittenAnswers(encode(tokenizer, task, task.train, LENGTH))  # type: ignore[arg-type]
-    return model, _train(model, objective, block_linears(model), arm, Budget(epochs=epochs), frozenset(), work_dir)
+    linears, budget = block_linears(model), Budget(epochs=epochs)
+    return model, _train(model, objective, linears, arm, budget, frozenset(), work_dir, batch=WRITING_BATCH)
 
 
 def _train(
@@ -151,11 +155,13 @@ def _train(
     budget: Any,
     head: frozenset[str],
     work_dir: Path | None = None,
+    *,
+    batch: int = BATCH,
 ) -> dict[str, Any]:
     method, loop, settings = settings_of(arm)
     shape = MaskShape.parse("2:4" if arm.pattern == "none" else arm.pattern)
     what = TaskRun(method, shape, None, settings, head)
-    loop = replace(loop, seed=arm.seed, checkpoint_minutes=_CHECKPOINT_MINUTES, keep_checkpoints=1)
+    loop = replace(loop, batch=batch, seed=arm.seed, checkpoint_minutes=_CHECKPOINT_MINUTES, keep_checkpoints=1)
     report = finetune(model, objective, linears, budget, what, loop=loop, work_dir=work_dir)
     return {
         "trained_parameters": report.trained_parameters,
