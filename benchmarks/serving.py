@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -29,7 +30,9 @@ from benchmarks.record import finish, parser
 
 PACKED, LLAMA, VLLM = "halfweight", "llama.cpp Q4_0", "vLLM bf16"
 STREAMS = (1, 8, 32)
-PROMPT_WORDS, OUTPUT, CONTEXT = 100, 64, 512
+PROMPT_WORDS, OUTPUT, CONTEXT = 100, 64, 768
+LONG_PROMPT, FEW = 512, 8
+"""Tokens of the prompt whose first token is timed, and of its answer."""
 _START = 900
 """Seconds that a server gets to start; vLLM compiles first."""
 WORDS = ("river", "stone", "window", "paper", "garden", "winter", "letter", "market", "engine", "silver", "bridge")
@@ -75,21 +78,26 @@ class Server:
                 self.process.kill()
                 self.process.wait()
 
-    async def ask(self, streams: int, tokens: int, salt: int) -> list[list[float]]:
-        """The times of every token of every stream, in seconds since they were all asked for."""
+    async def ask(self, streams: int, tokens: int, salt: int, *, prompt: int | None = None) -> list[list[float]]:
+        """The times of every token of every stream, in seconds since they were all asked for.
+
+        Args:
+            prompt: tokens of a prompt of random ids, in place of words.
+        """
         models = await http_client.ask(self.port, "/v1/models")
         if models.status != 200:
             raise ConnectionError(f"{self.name} is not ready: {models.status}")
         model, start = json.loads(models.body)["data"][0]["id"], time.perf_counter()
-        bodies = [self._body(model, tokens, salt * 1000 + i) for i in range(streams)]
+        bodies = [self._body(model, tokens, salt * 1000 + i, prompt) for i in range(streams)]
         answers = await asyncio.gather(*(http_client.ask(self.port, "/v1/completions", body) for body in bodies))
         return [self._times(answer, start) for answer in answers]
 
-    def _body(self, model: str, tokens: int, seed: int) -> dict[str, Any]:
+    def _body(self, model: str, tokens: int, seed: int, prompt: int | None) -> dict[str, Any]:
         words = [WORDS[(seed * 7 + i * (1 + seed % 5)) % len(WORDS)] for i in range(self.words)]
+        ids = random.Random(seed)
         return {
             "model": model,
-            "prompt": f"{seed} " + " ".join(words),
+            "prompt": [ids.randrange(1000, 20_000) for _ in range(prompt)] if prompt else f"{seed} " + " ".join(words),
             "max_tokens": tokens,
             "temperature": 0,
             "ignore_eos": True,
@@ -133,6 +141,7 @@ def main(argv: Sequence[str]) -> int:
             stack.callback(server.stop)
             print(f"{server.name}: first token after {server.start():.1f} s", flush=True)
         rows = measure(servers, rounds)
+        rows += measure_first(servers, rounds)
     headline |= summarise(rows)
     finish("serving", argv, rows, headline, options.json)
     return 0
@@ -226,10 +235,32 @@ def measure(servers: Sequence[Server], rounds: int, counts: Sequence[int] = STRE
     return rows
 
 
+def measure_first(servers: Sequence[Server], rounds: int) -> list[dict[str, Any]]:
+    """One row a server: milliseconds from asking to the first token of a prompt of LONG_PROMPT tokens, alone."""
+    times: dict[str, list[float]] = {server.name: [] for server in servers}
+    for turn in range(2 * rounds + 1):
+        for server in servers:
+            found = asyncio.run(server.ask(1, FEW, salt=10_000 + turn, prompt=LONG_PROMPT))
+            if turn:
+                times[server.name].append(1e3 * found[0][0])
+    rows = []
+    for name, taken in times.items():
+        middle, low, high = median(taken), min(taken), max(taken)
+        row = {"server": name, "prompt_tokens": LONG_PROMPT, "ttft_ms_median": middle, "ttft_ms_range": [low, high]}
+        rows.append(row)
+        print(f"{name:16} first token of {LONG_PROMPT}: {middle:7.0f} ms ({low:.0f} to {high:.0f})", flush=True)
+    return rows
+
+
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The headline: ratios of medians; what was not measured is left out."""
-    rates = {(row["server"], row["streams"]): float(row["tokens_per_s"]) for row in rows}
-    found = {}
+    rates = {(row["server"], row["streams"]): float(row["tokens_per_s"]) for row in rows if "streams" in row}
+    first = {row["server"]: float(row["ttft_ms_median"]) for row in rows if "prompt_tokens" in row}
+    found = {
+        f"ttft{LONG_PROMPT}_vs_{name}": first[PACKED] / first[peer]
+        for name, peer in (("llama_cpp", LLAMA), ("vllm_bf16", VLLM))
+        if peer in first
+    }
     for streams in STREAMS:
         for name, peer in (("llama_cpp", LLAMA), ("vllm_bf16", VLLM)):
             if (peer, streams) in rates:

@@ -58,7 +58,9 @@ def test_headlines_are_ratios_of_what_was_measured() -> None:
     assert found == {"decode_vs_llama_cpp_q4_0": 2.0, "prefill_vs_llama_cpp_q4_0": 4.0}
     served = [{"server": serving.PACKED, "streams": 8, "tokens_per_s": 300.0}]
     served += [{"server": serving.LLAMA, "streams": 8, "tokens_per_s": 100.0}]
-    assert serving.summarise(served) == {"streams8_vs_llama_cpp": 3.0}
+    served += [{"server": serving.PACKED, "prompt_tokens": 512, "ttft_ms_median": 50.0}]
+    served += [{"server": serving.VLLM, "prompt_tokens": 512, "ttft_ms_median": 200.0}]
+    assert serving.summarise(served) == {"streams8_vs_llama_cpp": 3.0, "ttft512_vs_vllm_bf16": 0.25}
 
 
 def test_events_and_their_times_out_of_raw_bytes() -> None:
