@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pst_arms import DISTILLED, METHODS, PATTERNS, SCORES, PstArm, arms, as_chosen, grid
+from benchmarks.pst_arms import DISTILLED, METHODS, PATTERNS, SCORES, WRITING, PstArm, arms, as_chosen, grid
 from benchmarks.record import make_record, parser, recorded_rows, take_in_recorded, write_record
 
 _DRAWS = 10_000
@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
     for jobs in _wanted(options):  # the grid first: it decides on what follows
         missing = [(kind, arm) for label, kind, arm in jobs if label not in {row["arm"] for row in rows}]
         dense = as_chosen(PstArm("dense", "none", 0), rows)
-        for row in _made(options, [(kind, arm and as_chosen(arm, rows)) for kind, arm in missing], dense):
+        chosen = [(kind, arm if arm is None or kind == "write" else as_chosen(arm, rows)) for kind, arm in missing]
+        for row in _made(options, chosen, dense):
             rows.append(row)
             print(_sentence(row), flush=True)
             _write(options, argv, rows)
@@ -97,7 +98,7 @@ def _wanted(options: Any) -> list[list[Job]]:
     jobs: list[Job] = [(arm.label, "classify", arm) for arm in found]
     if options.generation:
         for method in ("dense", "pst", "movement"):
-            arm = PstArm(method, "none" if method == "dense" else "2:4", 0)
+            arm = replace(WRITING, method=method, pattern="none" if method == "dense" else "2:4")
             jobs.append((f"writing: {arm.label}", "write", arm))
     if options.correlation:
         jobs.append(("correlation", "correlation", PstArm("pst", "2:4", 0)))

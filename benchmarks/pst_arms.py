@@ -75,6 +75,10 @@ class PstArm:
         return f"grid: {self.method}, {self.pattern}, rate {self.rate:g}{more}"
 
 
+WRITING = PstArm("pst", "2:4", 0, rate=1e-4, score_rate=1.0)
+"""The paper's settings of GPT-2 on E2E; the grid is of another model and task."""
+
+
 def arms(patterns: tuple[str, ...], seeds: int, *, ablation: bool) -> Iterator[PstArm]:
     """What the headline needs comes first, the plainer baselines last."""
     yield from (PstArm("dense", "none", seed) for seed in range(seeds))
