@@ -172,9 +172,6 @@ class Bench:
             recipe = dict(arm.recipe)
             if "retraining" in recipe:
                 recipe["retraining"] = {**recipe["retraining"], "budget": f"{arm.tokens}tok"}
-            if arm.base and recipe["quantization"].get("scales"):  # their teacher is not the model that is packed
-                scales = {**recipe["quantization"]["scales"], "teacher": str(self.dense)}
-                recipe["quantization"] = {**recipe["quantization"], "scales": scales}
             job = {"model": str(self._base(arm)), "recipe": recipe, "out": str(out), "result": str(result)}
             self._child(arm.label, job)
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))

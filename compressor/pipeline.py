@@ -37,11 +37,11 @@ from compressor.pruning import most_sensitive, prune, sensitivities
 from compressor.quantizers import NEED_HESSIAN, QUANTIZERS, IntegerGrid
 from compressor.recipe import Recipe, Retraining, parse_budget
 from compressor.retraining import TextDistillation, reconstruction, text_loss
-from compressor.retraining import scales as scale_training
 from compressor.retraining.distribution import join, main_first
 from compressor.retraining.loop import identity_of, training_device
 from compressor.retraining.optimizers import Transform
 from compressor.retraining.reconstruction import ReconstructionSettings
+from compressor.retraining.scales import ScaleSettings, train_scales
 from compressor.scheme import QuantizationConfig, Scheme
 from compressor.solvers import by_input
 from compressor.sparse_model import Report, Result, SparseModel, watched, work_folder
@@ -70,7 +70,6 @@ def compress(name: str, recipe: Recipe, out: str | Path, *, force: bool = False,
         result, sparse, text = _train(name, recipe, output.path, report)
         transform(sparse, recipe, result.plan, text, report)
         quantize(sparse, recipe, text, result, report)
-        train_scales(sparse, recipe, text, result, report)
         sparse.to_cpu()
         save(sparse, name, recipe, output, result, report)
     shutil.rmtree(work_folder(output.path), ignore_errors=True)
@@ -303,27 +302,32 @@ def transform(sparse: SparseModel, recipe: Recipe, plan: Plan, text: TextBlocks 
 
 
 def quantize(sparse: SparseModel, recipe: Recipe, text: TextBlocks | None, result: Result, report: Report) -> None:
-    """Finds the grids of the linears where that takes text, and trains the blocks on them where the recipe wants it."""
-    settings = recipe.quantization.reconstruction
+    """Finds the grids of the linears where that takes text, and trains what is on them where the recipe wants it."""
+    settings = recipe.quantization
     if text is None:
         return
     with sparse.branches_attached():
-        unrounded = copy.deepcopy(sparse.model) if settings is not None else None
+        trained = settings.reconstruction is not None or settings.scales is not None
+        unrounded: Any = copy.deepcopy(sparse.model) if trained else None
         calibrate_quantizer(sparse, recipe, result.plan, text, report)
-        if settings is None or unrounded is None:
-            return
-        grids = rounding_grids(sparse, unrounded, result.plan, text.blocks[: recipe.quantization.samples])
-        start, end = _reconstructed(sparse, unrounded, settings, recipe, text, result, report, grids)
-        result.figures |= {"block_error_rounded": start, "block_error_rebuilt": end}
+        if settings.reconstruction is not None:
+            grids = rounding_grids(sparse, unrounded, result.plan, text.blocks[: settings.samples])
+            start, end = _reconstructed(sparse, unrounded, settings.reconstruction, recipe, text, result, report, grids)
+            result.figures |= {"block_error_rounded": start, "block_error_rebuilt": end}
+        if settings.scales is not None:
+            _train_scales(sparse, unrounded, settings.scales, recipe, text, result, report)
 
 
-def train_scales(sparse: SparseModel, recipe: Recipe, text: TextBlocks | None, result: Result, report: Report) -> None:
-    """Trains the scales of the rounded weights end to end, where the recipe wants it."""
-    settings = recipe.quantization.scales
-    if text is None or settings is None:
-        return
-    tokens, validation = text.split(held_out(recipe))
-    teacher = result.plan.folder if settings.teacher is None else fetch_model(settings.teacher)
+def _train_scales(
+    sparse: SparseModel,
+    unrounded: Any,
+    settings: ScaleSettings,
+    recipe: Recipe,
+    text: TextBlocks,
+    result: Result,
+    report: Report,
+) -> None:
+    """Trains the scales of all integers end to end, so that the model gives what it gave before it was rounded."""
     grids, dtypes = {}, {}
     for name, module in block_linears(sparse.model).items():
         if name in result.plan.schemes:
@@ -332,20 +336,20 @@ def train_scales(sparse: SparseModel, recipe: Recipe, text: TextBlocks | None, r
                 grids[name], dtypes[name] = grid, sparse.scales[name].dtype
     if not grids:
         return
-    with sparse.branches_attached():
-        scales, before, after = scale_training.train_scales(
-            sparse.model,
-            TextDistillation(tokens, load_model(teacher), kl_weight=settings.kl_weight),
-            {name: sparse.model.get_submodule(name) for name in grids},
-            grids,
-            dtypes,
-            settings,
-            precision=recipe.retraining.loop.precision if recipe.retraining else "auto",
-            seed=recipe.seed + 1,  # retraining began with the blocks of the seed itself
-            validation=validation,
-            work_dir=work_folder(result.out) / "scales",
-            progress=lambda step, total, metrics: report("scales", step, total, watched(metrics)),
-        )
+    tokens, validation = text.split(held_out(recipe))
+    scales, before, after = train_scales(
+        sparse.model,
+        TextDistillation(tokens, unrounded, kl_weight=1.0),
+        {name: sparse.model.get_submodule(name) for name in grids},
+        grids,
+        dtypes,
+        settings,
+        precision=recipe.retraining.loop.precision if recipe.retraining else "auto",
+        seed=recipe.seed + 1,  # retraining began with the blocks of the seed itself
+        validation=validation,
+        work_dir=work_folder(result.out) / "scales",
+        progress=lambda step, total, metrics: report("scales", step, total, watched(metrics)),
+    )
     sparse.scales |= scales
     result.figures |= {"validation_loss_rounded": _rounded(before), "validation_loss_packed": _rounded(after)}
 

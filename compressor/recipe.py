@@ -225,7 +225,7 @@ class Quantization(_Section):
     reconstruction: ReconstructionSettings | None = None
     """Train the rounded weights of each block on their grid, so that it gives what it gave before it was rounded."""
     scales: ScaleSettings | None = None
-    """Train the scales of weights that became integers end to end against the dense model, last of all."""
+    """Train the scales of weights that became integers end to end, last of all, to give what the model gave before."""
     embeddings: Literal["int8", "dense"] = "int8"
     """How embeddings and LM head are stored; they are never pruned."""
     kv_cache_dtype: Literal["bfloat16", "int8", "fp8"] | None = None

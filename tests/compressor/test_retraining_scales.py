@@ -122,6 +122,6 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_settings_are_checked() -> None:
-    for wrong in ({"samples": 0}, {"learning_rate": 0.0}, {"kl_weight": 2.0}):
+    for wrong in ({"samples": 0}, {"learning_rate": 0.0}, {"batch": 0}):
         with pytest.raises(ValueError, match="must be above 0"):
             ScaleSettings(**wrong)  # type: ignore[arg-type]
