@@ -173,7 +173,9 @@ def test_dense_int4_by_vllms_own_kernels(ask: Ask, dense: Callable[..., Path], t
         own = ask([packed], windows(), stock_int4=True, dtype="bfloat16")[str(packed)]
         expected = ask([plain], windows(), dtype="bfloat16")[str(plain)]
         assert "best" in own, own["error"]
-        assert same_share(own["best"], expected["best"]) >= SAME
+        # vLLM's kernel rounds otherwise than its dense product, and a random model has many near ties: .91 to .96 here.
+        # A wrong layout would agree on one token in hundreds.
+        assert same_share(own["best"], expected["best"]) >= 0.88
 
 
 @pytest.mark.full
