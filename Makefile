@@ -22,7 +22,7 @@ SOURCES := $(wildcard CMakeLists.txt compressor/kernels/csrc/*)
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(READY)  ## compress, serve and measure SmolLM2-135M-Instruct: about 16 minutes; FRESH=1 makes everything anew
+demo: $(READY)  ## compress, serve and measure SmolLM2-135M-Instruct: about 18 minutes; FRESH=1 makes everything anew
 	@$(BIN)/python -m benchmarks demo --started $(STARTED) $(if $(FRESH),--fresh)
 
 test: lint  ## what every change must pass: formatting, types, import directions, tests

@@ -516,7 +516,7 @@ def test_hanging_up_frees_the_request(url: str) -> None:
     """Of 2,000 inputs, those that wait are dropped."""
     before = gauge(url, "halfweight:engine_steps_total")
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{url}/v1/embeddings", json={"input": ["good film " * 20] * 2000}, timeout=0.3)
+        httpx.post(f"{url}/v1/embeddings", json={"input": ["good film " * 20] * 2000}, timeout=0.15)
     assert eventually(lambda: gauge(url, "vllm:num_requests_waiting") == 0, seconds=2)
     assert eventually(lambda: gauge(url, "vllm:num_requests_running") == 0, seconds=2)
     steps = gauge(url, "halfweight:engine_steps_total")
