@@ -100,8 +100,8 @@ def reconstruct(
         return done
     errors = []
     with (
-        _computing_in(model, device, compute_dtype(precision, device)) as trained,
-        _computing_in(teacher, device, compute_dtype(precision, device)),
+        computing_in(model, device, compute_dtype(precision, device)) as trained,
+        computing_in(teacher, device, compute_dtype(precision, device)),
         plain_attention(model, tokens_NL.shape[1]),
         plain_attention(teacher, tokens_NL.shape[1]),
     ):
@@ -194,7 +194,7 @@ class KeptBlocks:
 
 
 @contextmanager
-def _computing_in(net: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[set[Tensor]]:
+def computing_in(net: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[set[Tensor]]:
     """Inside, parameters lie on `device` in `dtype`; buffers keep theirs, for rotary frequencies must not be rounded.
 
     Afterwards those put into the set given are as they became, and all others as they were, to the bit.

@@ -35,6 +35,7 @@ from compressor.retraining.loop import (
 )
 from compressor.retraining.objective import Objective
 from compressor.retraining.optimizers import AdamSettings, Trained, adam_steps
+from compressor.retraining.reconstruction import computing_in
 from compressor.retraining.schedules import Budget, Plan
 from compressor.retraining.snapshots import Snapshots
 
@@ -65,14 +66,17 @@ class GroupScales(Trained):
     """The scales of one weight: the master holds d [O, G], the parameter shows `values * scale`."""
 
     @classmethod
-    def of(cls, name: str, module: nn.Module, grid: IntegerGrid, dtype: torch.dtype) -> GroupScales:
-        """From a weight that lies on the grid.
+    def of(
+        cls, name: str, module: nn.Module, grid: IntegerGrid, dtype: torch.dtype, device: torch.device
+    ) -> GroupScales:
+        """From a weight that lies on the grid, or is to.
 
         Args:
             dtype: in which scales are stored.
+            device: where they train.
         """
-        start = grid.scale
-        groups = weight_of(module).detach().float().unflatten(1, (start.shape[1], -1))
+        start = grid.scale.to(device)
+        groups = weight_of(module).detach().to(device, torch.float32).unflatten(1, (start.shape[1], -1))
         values = (groups / start[:, :, None]).round_().clamp_(grid.lowest, grid.highest).to(torch.int8)
         d, momentum, variance = (torch.zeros_like(start) for _ in range(3))
         entry = cls(name, module.weight, is_conv1d(module), d, momentum, variance)  # type: ignore[arg-type]
@@ -160,8 +164,7 @@ def train_scales(
     Returns:
         The scales [O, G] by name, and the validation loss before and after.
     """
-    home, device = next(model.parameters()).device, training_device()
-    model.to(device)
+    device = training_device()
     dtype = compute_dtype(precision, device)
     loop = LoopSettings(
         learning_rate=settings.learning_rate, batch=settings.batch, precision=precision, seed=seed, keep_checkpoints=1
@@ -171,33 +174,21 @@ def train_scales(
         work_dir.mkdir(parents=True, exist_ok=True)
         identity = identity_of(model, {}, objective.identity(), {"scales": asdict(settings), "loop": asdict(loop)})
         snapshots = Snapshots(work_dir / "snapshots", identity, loop.keep_checkpoints)
-    model.eval().requires_grad_(False)
-    near = {name: IntegerGrid(grid.scale.to(device), grid.lowest, grid.highest) for name, grid in grids.items()}
-    method = ScaleTraining([GroupScales.of(name, linears[name], near[name], dtypes[name]) for name in grids])
-    stored = {parameter: parameter.data for parameter in model.parameters()}
-    for parameter, data in stored.items():
-        parameter.data = data.to(dtype)
-    for entry in method.entries:
-        entry.parameter.requires_grad_(True)
-        entry.publish()
-    objective.prepare(model, dtype)
+    method = ScaleTraining([GroupScales.of(name, linears[name], grids[name], dtypes[name], device) for name in grids])
     plan = Plan(Budget(tokens=settings.samples * objective.tokens), settings.batch * objective.tokens)
-    run = Run(model, objective, method, loop, plan, snapshots, None, progress)
-    with plain_attention(model, objective.tokens):
+    with computing_in(model, device, dtype), plain_attention(model, objective.tokens):
+        for entry in method.entries:
+            entry.parameter.requires_grad_(True)
+            entry.publish()
+        objective.prepare(model, dtype)
         start = None if validation is None else text_loss(model, validation)
-        run.train()
+        Run(model, objective, method, loop, plan, snapshots, None, progress).train()
         end = None if validation is None else text_loss(model, validation)
-    for parameter, data in stored.items():
-        parameter.data = data
     if start is not None and end is not None and not end <= start:
         log.warning("training the scales made it worse (%.4f from %.4f); they stay as they were", end, start)
         end = start
         for entry in method.entries:
             entry.master.zero_()
-    scales = {}
-    with torch.no_grad():
-        for entry in method.entries:
-            entry.publish()
-            scales[entry.name] = entry.scale().cpu()
-    model.requires_grad_(True).to(home)
-    return scales, start, end
+    for entry in method.entries:
+        entry.publish()
+    return {entry.name: entry.scale().cpu() for entry in method.entries}, start, end

@@ -67,7 +67,8 @@ def test_the_gradient_of_a_scale_is_autograds() -> None:
     found = rtn(torch.randn(8, 32, generator=generator), None, Scheme("int4", 16))
     assert found.scale is not None and fmt.grid is not None
     module.weight.data.copy_(found.dequantized())
-    entry = GroupScales.of("a", module, IntegerGrid(found.scale.float(), *fmt.grid), torch.float32)
+    grid = IntegerGrid(found.scale.float(), *fmt.grid)
+    entry = GroupScales.of("a", module, grid, torch.float32, torch.device("cpu"))
     x, y = torch.randn(5, 32, generator=generator), torch.randn(5, 8, generator=generator)
     d = torch.zeros(8, 2, requires_grad=True)
     weight = (found.values.unflatten(1, (2, 16)) * (found.scale.float() * (1 + d))[:, :, None]).flatten(1)
