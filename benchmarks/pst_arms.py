@@ -25,9 +25,7 @@ from compressor.tasks.encoding import encode
 
 PATTERNS = ("2:4", "50%", "90%")
 BATCH = 32
-WRITING_BATCH = (
-    8  # as GPT-2's data-to-text results have it; three epochs of 2,000 examples are 750 steps, as many as above
-)
+WRITING_BATCH = 8  # with 2,000 examples, three epochs are then 750 steps, as many as of the sentences to class
 LENGTH = 64
 _CHECKPOINT_MINUTES = 3.0
 _LOOP = LoopSettings(batch=BATCH, warmup=0.1, beta2=0.999, kl_weight=0.0)
@@ -76,7 +74,7 @@ class PstArm:
 
 
 WRITING = PstArm("pst", "2:4", 0, rate=1e-4, score_rate=1.0)
-"""The paper's settings of GPT-2 on E2E; the grid is of another model and task."""
+"""The paper's rate and ranks of GPT-2 on E2E; the grid is of another model and task."""
 
 
 def arms(patterns: tuple[str, ...], seeds: int, *, ablation: bool) -> Iterator[PstArm]:

@@ -6,7 +6,7 @@ is stored in, and d trains: rates are shares of a scale.
 
 Unlike there, the teacher is the model as it was before it was rounded, and the loss is KL alone. The two are so near
 that little noise is in the gradient, and nothing is learnt of the text but what rounding lost: against the dense model
-and the text itself, the loss on text of the same kind fell as much, and rose on other text.
+and the text itself, held-out text of the same kind gained a third as much, and other text lost (docs/retraining.md).
 
 Shapes: O out_features, I in_features, G groups a row.
 """
@@ -172,7 +172,8 @@ def train_scales(
     snapshots = None
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)
-        identity = identity_of(model, {}, objective.identity(), {"scales": asdict(settings), "loop": asdict(loop)})
+        examples = (*objective.identity(), *(grids[name].scale for name in sorted(grids)))
+        identity = identity_of(model, {}, examples, {"scales": asdict(settings), "loop": asdict(loop)})
         snapshots = Snapshots(work_dir / "snapshots", identity, loop.keep_checkpoints)
     method = ScaleTraining([GroupScales.of(name, linears[name], grids[name], dtypes[name], device) for name in grids])
     plan = Plan(Budget(tokens=settings.samples * objective.tokens), settings.batch * objective.tokens)
