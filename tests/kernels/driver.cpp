@@ -70,7 +70,7 @@ struct Quantised {
   Activations a;
 };
 
-enum class Path { int8, exact, tiles, halves };
+enum class Path { int8, exact, panels, tiles, halves };
 
 Quantised make_input(const Kernels& k, const Weight& w, const std::vector<float>& x, int tokens, Path path) {
   const bool tiles = path == Path::tiles;
@@ -89,7 +89,7 @@ Quantised make_input(const Kernels& k, const Weight& w, const std::vector<float>
     }
     if (!is_quantised(w.format)) continue;
     const float factor = w.format == Format::sparse24_int4 || w.format == Format::int4 ? 16 : 1;
-    k.quantise(f, columns, w.group, factor, !tiles && k.unsigned_x, row.data(), q.scales.data() + static_cast<size_t>(t) * w.groups);
+    k.quantise(f, columns, w.group, factor, path == Path::panels ? k.unsigned_panels(w.format) : !tiles && k.unsigned_x, row.data(), q.scales.data() + static_cast<size_t>(t) * w.groups);
     for (int c = 0; c < columns; ++c) {
       const size_t tile = tiles ? tile_columns(w) : 0;
       const size_t at = tiles ? (t / kTileTokens * (columns / tile) + c / tile) * kTileTokens * tile + t % kTileTokens * tile + c % tile
@@ -102,14 +102,14 @@ Quantised make_input(const Kernels& k, const Weight& w, const std::vector<float>
 
 std::vector<float> run(const Kernels& k, Path path, const Weight& w, const Weight* branch, const std::vector<float>& x, int tokens) {
   Quantised input = make_input(k, w, x, tokens, path), sums;
-  if (branch) sums = make_input(k, *branch, x, tokens, path);
+  if (branch) sums = make_input(k, *branch, x, tokens, path == Path::panels ? Path::int8 : path);
   if (path == Path::exact) {
     std::fill(input.scales.begin(), input.scales.end(), 0.0f);
     std::fill(sums.scales.begin(), sums.scales.end(), 0.0f);
   }
   std::vector<float> bias(w.out_features, 0.5f), out(static_cast<size_t>(tokens) * w.out_features);
   const Linear call{&w, input.a, branch, sums.a, bias.data(), Dtype::f32, out.data(), Dtype::f32};
-  const auto blocks = path == Path::halves ? k.linear_halves : path == Path::tiles ? k.linear_tiles : path == Path::int8 ? k.linear_int8 : k.linear_float;
+  const auto blocks = path == Path::halves ? k.linear_halves : path == Path::tiles ? k.linear_tiles : path == Path::panels ? k.linear_panels : path == Path::int8 ? k.linear_int8 : k.linear_float;
   blocks(call, 0, w.blocks);
   return out;
 }
@@ -166,6 +166,7 @@ void check_linears(const Kernels& k, const Kernels& scalar) {
           if (!quantised) continue;
           const auto expected = run(scalar, Path::int8, w, b, x, tokens);
           compare("int8", k, run(k, Path::int8, w, b, x, tokens), expected, terms);
+          if (k.linear_panels && takes_panels(w)) compare("panels", k, run(k, Path::panels, w, b, x, tokens), expected, terms);
           if (k.linear_tiles) compare("tiles", k, run(k, Path::tiles, w, b, x, tokens), expected, terms);
         }
       }

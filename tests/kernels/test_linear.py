@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor import kernels
+from compressor.formats import FORMATS, QuantizedWeight
 from compressor.kernels import blob, low_rank
 from compressor.kernels.linear import linear
 from tests.kernels.weights import QUANTISED, WITH_KERNEL, bound, random_weight
@@ -46,6 +48,26 @@ def test_linear_is_within_its_bound_of_float64(data: st.DataObject) -> None:
     assert y.dtype == dtype and y.shape == (tokens, out_features)
     excess = (y.double() - expected).abs() - bound(x, packed.weight, expected, group, exact)
     assert excess.max() <= 0
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("group", [32, 64, 96, 256])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_sums_of_the_largest_products_are_whole(name: str, group: int, tokens: int) -> None:
+    columns = group * 3
+    packed_format = FORMATS[name](group, torch.bfloat16)
+    assert packed_format.grid is not None
+    lowest = torch.full((16, columns), packed_format.grid[0], dtype=torch.int8)
+    if packed_format.sparse:
+        lowest[:, 2::4] = lowest[:, 3::4] = 0
+    stored = packed_format.pack(QuantizedWeight(lowest, torch.ones(16, 3, dtype=torch.bfloat16)))
+    prepared = import_module(f"compressor.kernels.{name}").prepare(stored, group)
+    for sign in (1.0, -1.0):  # each is the grid's end, so nothing is rounded
+        y = linear(torch.full((tokens, columns), sign), prepared)
+        expected = sign * float(lowest[0].sum())
+        torch.testing.assert_close(
+            y, torch.full_like(y, expected), rtol=4e-3 if kernels.isa() == "amx" else 1e-6, atol=0
+        )
 
 
 @pytest.fixture

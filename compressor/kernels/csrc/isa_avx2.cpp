@@ -1,7 +1,8 @@
 #include "simd_avx2.h"
 #include "isa.h"
+#include "panels.h"
 
 namespace halfweight {
-static constexpr Kernels table = make_kernels("avx2");
+static constexpr Kernels table = with_panels(make_kernels("avx2"));
 const Kernels* const kAvx2 = &table;
 }  // namespace halfweight

@@ -58,6 +58,9 @@ HW_INLINE size_t attention_floats(int dim) {
   return static_cast<size_t>(3 * kAttentionRows) * dim + kAttentionRows * kAttentionRows;
 }
 
+constexpr int kPanelChunks = 48;  // of a row block, unpacked at a time
+HW_INLINE bool takes_panels(const Weight& w) { return is_quantised(w.format) && w.format != Format::int8 && w.group <= kPanelChunks * kChunk; }
+
 constexpr int kTileTokens = 16;
 constexpr int kHalfColumns = 32;  // of a tile of bf16
 HW_INLINE int tile_columns(const Weight& w) { return w.group % 64 == 0 ? 64 : 32; }
@@ -126,6 +129,10 @@ struct Kernels {
   // Row blocks [begin, end) of a linear; weights int8-quantised x int8 activations, or float activations ("exact").
   void (*linear_int8)(const Linear& call, int begin, int end);
   void (*linear_float)(const Linear& call, int begin, int end);
+  // linear_int8 for weights that takes_panels(), from `panel_tokens` tokens on; nullptr where it is of no use.
+  void (*linear_panels)(const Linear& call, int begin, int end);
+  int panel_tokens;
+  bool (*unsigned_panels)(Format f);  // whether it wants activations + 128
   // The same with matrix tiles; nullptr where the instruction set has none. Used from `tile_tokens` tokens on; takes signed x.
   void (*linear_tiles)(const Linear& call, int begin, int end);
   int tile_tokens;

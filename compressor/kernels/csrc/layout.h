@@ -44,6 +44,7 @@ struct Header {
 static_assert(sizeof(Header) == kHeaderBytes, "the header is 64 bytes");
 
 HW_INLINE constexpr bool is_quantised(Format f) { return f != Format::sparse24 && f != Format::dense; }
+HW_INLINE constexpr bool is_int4(Format f) { return f == Format::sparse24_int4 || f == Format::int4; }
 HW_INLINE constexpr bool is_sparse(Format f) { return f <= Format::sparse24; }
 
 HW_INLINE constexpr size_t chunk_bytes(Format f) {

@@ -10,7 +10,7 @@ char* aligned(char* p) { return reinterpret_cast<char*>((reinterpret_cast<uintpt
 // Rows of a multiple of 2 KB would share two sets of the first-level cache: such tiles are better copied.
 bool tiles_of_rows(const Weight& w) { return w.in_features == w.in_padded && w.in_features % 1024 != 0; }
 
-float weight_factor(Format f) { return f == Format::sparse24_int4 || f == Format::int4 ? 16 : 1; }
+float weight_factor(Format f) { return is_int4(f) ? 16 : 1; }
 
 // Row `t` into tiles [tokens / 16][columns / tile][16][tile].
 template <class T> void scatter(T* tiles, int columns, int tile, int64_t t, const T* row) {
@@ -27,8 +27,9 @@ LinearStep::LinearStep(const Kernels& kernels, const Weight& weight, const Weigh
   padded_ = tiles ? (tokens + kTileTokens - 1) / kTileTokens * kTileTokens : tokens;
   in_place_ = path_ == Path::halves && dtype == Dtype::bf16 && tiles_of_rows(weight);
   input_ = plan(weight, tokens, path_);
-  // An unquantised branch beside int8 has floats; both run by the same function.
-  if (branch) sums_ = plan(*branch, tokens, path_ == Path::int8 && !is_quantised(branch->format) ? Path::floats : path_);
+  // A branch has no panels, and an unquantised one beside int8 has floats; both run by the same function.
+  const Path of_branch = path_ == Path::panels ? Path::int8 : path_;
+  if (branch) sums_ = plan(*branch, tokens, of_branch == Path::int8 && !is_quantised(branch->format) ? Path::floats : of_branch);
 }
 
 LinearStep::Path LinearStep::choose(int tokens, Dtype dtype, bool exact) const {
@@ -39,7 +40,8 @@ LinearStep::Path LinearStep::choose(int tokens, Dtype dtype, bool exact) const {
       (branch_quantised || branch_->half == Half::bf16))
     return Path::halves;
   if (!quantised) return Path::floats;
-  return kernels_->linear_tiles && tokens >= kernels_->tile_tokens && branch_quantised ? Path::tiles : Path::int8;
+  if (kernels_->linear_tiles && tokens >= kernels_->tile_tokens && branch_quantised) return Path::tiles;
+  return kernels_->linear_panels && tokens >= kernels_->panel_tokens && takes_panels(*weight_) ? Path::panels : Path::int8;
 }
 
 LinearStep::Input LinearStep::plan(const Weight& w, int tokens, Path path) const {
@@ -86,7 +88,8 @@ void LinearStep::fill(const Weight& w, const Input& in, const char* x, Dtype dty
   float* scales = in.a.scales + t * in.a.groups;
   if (in.path != Path::floats) {
     int8_t* out = in.a.tile ? reinterpret_cast<int8_t*>(row + columns) : in.a.quantised + t * columns;
-    kernels_->quantise(row, columns, w.group, weight_factor(w.format), in.path == Path::int8 && kernels_->unsigned_x, out, scales);
+    const bool as_unsigned = in.path == Path::int8 ? kernels_->unsigned_x : in.path == Path::panels && kernels_->unsigned_panels(w.format);
+    kernels_->quantise(row, columns, w.group, weight_factor(w.format), as_unsigned, out, scales);
     if (in.a.tile) scatter(in.a.quantised, columns, in.a.tile, t, out);
     return;
   }
@@ -105,6 +108,7 @@ void LinearStep::run(const void* bias, Dtype bias_dtype, void* out, Dtype out_dt
   const Linear call{weight_, input_.a, branch_, sums_.a, bias, bias_dtype, out, out_dtype};
   const auto blocks = path_ == Path::halves  ? kernels_->linear_halves
                       : path_ == Path::tiles ? kernels_->linear_tiles
+                      : path_ == Path::panels ? kernels_->linear_panels
                       : path_ == Path::int8  ? kernels_->linear_int8
                                              : kernels_->linear_float;
   blocks(call, static_cast<int>(begin), static_cast<int>(end));

@@ -22,7 +22,7 @@ class LinearStep {
   void run(const void* bias, Dtype bias_dtype, void* out, Dtype out_dtype, int64_t begin, int64_t end) const;
 
  private:
-  enum class Path { floats, int8, tiles, halves };
+  enum class Path { floats, int8, panels, tiles, halves };
   // How one weight wants its input.
   struct Input {
     Activations a{};

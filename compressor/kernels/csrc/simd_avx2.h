@@ -19,6 +19,7 @@ struct Simd {
 
   static HW_INLINE Int zero() { return _mm256_setzero_si256(); }
   static HW_INLINE Int load(const void* p) { return _mm256_loadu_si256(static_cast<const Int*>(p)); }
+  static HW_INLINE void store(void* p, Int v) { _mm256_storeu_si256(static_cast<Int*>(p), v); }
   static HW_INLINE Int load128(const void* p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   }
@@ -43,6 +44,9 @@ struct Simd {
   }
   static HW_INLINE Int sum(Int acc, Int) { return acc; }
 #endif
+  // In a register, here and now: GCC would add up products pair by pair and run out of registers, or load a value again and
+  // again where the loads are what takes the time.
+  static HW_INLINE Int held(Int a) { __asm__("" : "+x"(a)); return a; }
 
   static HW_INLINE Float fzero() { return _mm256_setzero_ps(); }
   static HW_INLINE Float fset1(float v) { return _mm256_set1_ps(v); }
