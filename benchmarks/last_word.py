@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from compressor.precision import widened
+
 _WORDS = (50, 160)
 _COMMON = 4
 
@@ -55,10 +57,11 @@ def _pairs(document: str) -> list[tuple[str, str]]:
 def accuracy(model: Any, items: Sequence[Item]) -> dict[str, Any]:
     """Share of items whose word the model would write greedily, with the standard error."""
     right = 0
-    for item in items:
-        ids = torch.tensor([item.context + item.word], device=model.device)
-        guessed = model(input_ids=ids).logits[0, len(item.context) - 1 : -1].argmax(-1)
-        right += int(guessed.tolist() == item.word)
+    with widened(model):
+        for item in items:
+            ids = torch.tensor([item.context + item.word], device=model.device)
+            guessed = model(input_ids=ids).logits[0, len(item.context) - 1 : -1].argmax(-1)
+            right += int(guessed.tolist() == item.word)
     share = right / len(items)
     error = (share * (1 - share) / len(items)) ** 0.5
     return {"last_word_accuracy": share, "last_word_stderr": error, "last_word_items": len(items)}

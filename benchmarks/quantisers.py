@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.record import make_record, parser, read_record, write_record
+from compressor.precision import widened
 
 _BATCH = 4
 _SAMPLES = 32
@@ -228,10 +229,11 @@ def perplexity_losses(model: Any, windows: Tensor) -> Tensor:
     """The mean loss of each window [N]."""
     losses = []
     device = next(model.parameters()).device
-    for batch in windows.to(device).split(_BATCH):
-        logits = model(input_ids=batch).logits[:, :-1].float()
-        each = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-        losses.append(each.view(len(batch), -1).mean(1))
+    with widened(model):
+        for batch in windows.to(device).split(_BATCH):
+            logits = model(input_ids=batch).logits[:, :-1].float()
+            each = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+            losses.append(each.view(len(batch), -1).mean(1))
     return torch.cat(losses).cpu()
 
 

@@ -134,9 +134,10 @@ def _run(folder: Path, tokens: Tensor, *, sparse: bool) -> Any:
     from compressor.calibration import weight_of
     from compressor.masks import n_m_mask
     from compressor.models import block_linears, load_model
+    from compressor.precision import compute_dtype
     from compressor.retraining import Budget, LoopSettings, TextDistillation
     from compressor.retraining.ast import Ast, AstSettings
-    from compressor.retraining.loop import Run, compute_dtype
+    from compressor.retraining.loop import Run
     from compressor.retraining.optimizers import AdamSettings
     from compressor.retraining.schedules import Plan
 
@@ -187,9 +188,10 @@ def _memory(kind: str, folder: str) -> dict[str, float]:
 def _loop(folder: str) -> dict[str, float]:
     """Plain cross-entropy on every weight, no teacher, no masks."""
     from compressor.models import load_model
+    from compressor.precision import compute_dtype
     from compressor.retraining import Budget, LoopSettings, TextDistillation
     from compressor.retraining.ast import Ast, AstSettings
-    from compressor.retraining.loop import Run, compute_dtype
+    from compressor.retraining.loop import Run
     from compressor.retraining.optimizers import AdamSettings
     from compressor.retraining.schedules import Plan
 
@@ -217,7 +219,7 @@ def _trainer(folder: str) -> dict[str, float]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from compressor.models import load_model
-    from compressor.retraining.loop import compute_dtype
+    from compressor.precision import compute_dtype
 
     times: list[float] = []
 

@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from compressor.precision import widened
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +130,7 @@ def calibrate(
 ) -> dict[str, LayerStats]:
     """Input norms of every linear, from whole forward passes over token batches [B, L]."""
     batches = _checked(token_batches)
-    with evaluating(model), _recording(linears, hessian=False) as recorder:
+    with evaluating(model), widened(model), _recording(linears, hessian=False) as recorder:
         for done, batch in enumerate(batches, start=1):
             _body(model)(input_ids=batch.to(_device(model)), use_cache=False)
             if progress is not None:
@@ -199,13 +202,14 @@ def calibrate_blocks(
             inside = {name: module for name, module in linears.items() if name.startswith(prefix + ".")}
             with residence.block(prefix, block):
                 if inside:
-                    with _recording(inside, hessian) as recorder:
+                    with widened(block) as dtype, _recording(inside, hessian) as recorder:
                         for number, call in enumerate(calls):
-                            call[index].run(block, hidden[number])
+                            call[index].run(block, hidden[number], dtype)
                         stats = recorder.stats()
                     yield _complete(stats, inside)
-                for number, call in enumerate(calls):
-                    hidden[number] = call[index].run(block, hidden[number])
+                with widened(block) as dtype:
+                    for number, call in enumerate(calls):
+                        hidden[number] = call[index].run(block, hidden[number], dtype)
 
 
 def _checked(token_batches: Iterable[Tensor]) -> list[Tensor]:
@@ -267,9 +271,13 @@ class BlockCall:
     rest: tuple[Any, ...]
     keywords: dict[str, Any]
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        output = block(hidden, *self.rest, **self.keywords)
-        return _first(output)
+    def run(self, block: nn.Module, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The block's output, in the dtype of its input; `dtype` is the block's, where it is another."""
+        if dtype is None:
+            return _first(block(hidden, *self.rest, **self.keywords))
+        given = hidden, *self.rest
+        arguments, keywords = tree_map(lambda part: _float_as(part, dtype), (given, self.keywords))
+        return _first(block(*arguments, **keywords)).to(hidden.dtype)
 
 
 def calls_of_blocks(model: nn.Module, blocks: list[nn.Module], batch: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -304,6 +312,10 @@ def calls_of_blocks(model: nn.Module, blocks: list[nn.Module], batch: Tensor) ->
     if len(calls) != len(blocks):
         raise ValueError(f"{len(calls)} of the {len(blocks)} blocks were run; calibrate this model as a whole")
     return given[0], calls
+
+
+def _float_as(part: Any, dtype: torch.dtype) -> Any:
+    return part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part
 
 
 def _first(output: Any) -> Tensor:

@@ -27,9 +27,10 @@ from compressor.formats import make_format
 from compressor.formats.low_rank import low_rank_spec
 from compressor.masks import MaskShape
 from compressor.models import block_linears, fetch_model, is_classifier, load_tokenizer, name_of, skeleton
+from compressor.precision import compute_dtype
 from compressor.quantizers import rtn
 from compressor.recipe import Recipe, check_given_task, parse_budget
-from compressor.retraining.loop import compute_dtype, training_device
+from compressor.retraining.loop import training_device
 from compressor.scheme import Scheme
 from compressor.tasks import Task, load_task
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from compressor.calibration import blocks_of
 from compressor.low_rank import LowRankBranch
 from compressor.masks import MaskShape
+from compressor.precision import compute_dtype
 from compressor.retraining.ast import Ast, AstSettings, LowRankSettings, Snap
 from compressor.retraining.cast import Cast, CastSettings
 from compressor.retraining.distillation import text_loss
@@ -27,7 +28,6 @@ from compressor.retraining.loop import (
     Progress,
     Run,
     checkpointed,
-    compute_dtype,
     identity_of,
     plain_attention,
     training_device,

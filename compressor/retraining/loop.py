@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from compressor.precision import PRECISIONS
 from compressor.retraining.distribution import STRATEGIES, Distribution
 from compressor.retraining.objective import Objective
 from compressor.retraining.optimizers import Trained
@@ -33,7 +34,6 @@ from compressor.retraining.teacher_cache import KINDS
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
-PRECISIONS = ("auto", "fp32", "bf16")
 
 # Batches that are sorted by length together.
 _POOL = 32
@@ -339,17 +339,6 @@ def _cut_metrics(file: Path | None, steps: int) -> None:
     if file is not None and file.exists():
         lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
         file.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= steps))
-
-
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """bf16 where the processor multiplies it in hardware, else fp32."""
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bf16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return torch.bfloat16 if fast else torch.float32
 
 
 def training_device() -> torch.device:

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from compressor.calibration import BlockCall, blocks_of, calls_of_blocks, weight_of
 from compressor.output import sync
+from compressor.precision import compute_dtype
 from compressor.retraining.distribution import Distribution
-from compressor.retraining.loop import compute_dtype, plain_attention, training_device
+from compressor.retraining.loop import plain_attention, training_device
 from compressor.retraining.optimizers import AdamSettings, Trained, Transform, adam_steps, train_dense, train_linear
 from compressor.retraining.schedules import learning_rate
 

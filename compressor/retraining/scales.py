@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration import is_conv1d, weight_of
+from compressor.precision import compute_dtype
 from compressor.quantizers import IntegerGrid
 from compressor.retraining.distillation import text_loss
 from compressor.retraining.loop import (
     LoopSettings,
     Progress,
     Run,
-    compute_dtype,
     identity_of,
     plain_attention,
     training_device,

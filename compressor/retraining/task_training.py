@@ -17,13 +17,13 @@ from torch import nn
 
 from compressor.calibration import blocks_of
 from compressor.masks import TWO_OF_FOUR, MaskShape
+from compressor.precision import compute_dtype
 from compressor.retraining.distribution import distribution
 from compressor.retraining.loop import (
     LoopSettings,
     Progress,
     Run,
     checkpointed,
-    compute_dtype,
     identity_of,
     plain_attention,
     training_device,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from compressor.calibration import evaluating
+from compressor.precision import widened
 from compressor.tasks.encoding import Labelled, encode_labelled, encode_prompts
 from compressor.tasks.metrics import measure
 from compressor.tasks.task import Example, Task
@@ -20,7 +21,7 @@ def predict(model: nn.Module, encoded: Labelled, batch: int = 64) -> list[Any]:
     order = sorted(range(len(encoded.ids)), key=lambda place: len(encoded.ids[place]))
     found: dict[int, Any] = {}
     device = next(model.parameters()).device
-    with evaluating(model):
+    with evaluating(model), widened(model):
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             inputs = {name: tensor.to(device) for name, tensor in encoded.batch(chosen).items()}
@@ -39,7 +40,7 @@ def write(
     prompts = encode_prompts(tokenizer, examples)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     found: dict[int, str] = {}
-    with evaluating(model):
+    with evaluating(model), widened(model):
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             width = max(len(prompts[place]) for place in chosen)

@@ -112,6 +112,29 @@ def test_the_model_is_as_before(model: nn.Module) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_16_bit_weights_compute_in_fp32_where_the_processor_has_nothing_for_them(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: False)
+    model.to(torch.bfloat16)
+    linears = linears_of(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen: set[torch.dtype] = set()
+    for module in linears.values():
+        module.register_forward_hook(lambda _m, args, _out: seen.add(args[0].dtype))
+    walked = {}
+    for stats in calibrate_blocks(model, batches(), linears, hessian=True):
+        walked |= stats
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    whole = calibrate(model, batches(), linears)
+    assert torch.float32 in seen  # bf16 too: the first block runs once to learn how the model calls its blocks
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, x in inputs_seen(model.float(), linears).items():
+        torch.testing.assert_close(walked[name].input_norm, x.norm(dim=0), rtol=0.03, atol=0.01)
+        torch.testing.assert_close(whole[name].input_norm, x.norm(dim=0), rtol=1e-4, atol=1e-5)
+
+
 def test_bad_input_is_refused() -> None:
     model = llama()
     linears = linears_of(model)
