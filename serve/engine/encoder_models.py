@@ -20,7 +20,7 @@ from compressor.checkpoint import Checkpoint
 from compressor.compressed_linear import CompressedEmbedding, CompressedLinear, PackedModule
 from serve.engine.models.bert import Bert, BertLayer, Places
 from serve.engine.models.decoder import Norm
-from serve.engine.models.linears import PlainEmbedding, PlainLinear, SideBySide, packed_embedding, packed_linear
+from serve.engine.models.linears import PlainEmbedding, SideBySide, packed_embedding, packed_linear, plain_linear
 from serve.engine.transformers_model import formats_of, from_pretrained, prepare
 from serve.engine.weights import bytes_of
 
@@ -149,7 +149,7 @@ class _Reader:
             raise ValueError(f"{names[0]} has no bias: the checkpoint is incomplete")
         if scheme is None:
             weight = self._plain(names[0], tensors["weight"], (sum(sizes), in_features))
-            return PlainLinear(weight, tensors["bias"].to(self.dtype))
+            return plain_linear(weight, tensors["bias"].to(self.dtype))
         tensors["bias"] = tensors["bias"].to(getattr(torch, scheme.dtype))
         with torch.device("meta"):
             stored = CompressedLinear(in_features, sum(sizes), scheme, bias=True)

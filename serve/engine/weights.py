@@ -23,11 +23,12 @@ from serve.engine.models.decoder import MLP, Attention, Decoder, DecoderLayer, N
 from serve.engine.models.linears import (
     KernelEmbedding,
     PlainEmbedding,
-    PlainLinear,
     SideBySide,
     fixed_rows,
     packed_embedding,
     packed_linear,
+    plain_embedding,
+    plain_linear,
 )
 from serve.engine.models.rotary import rotary_table
 from serve.engine.tokenizer import read_json
@@ -180,7 +181,7 @@ class _Loader:
             if self.config.conv1d and names[0] != self.config.names.lm_head:  # GPT-2 stores its linears as [in, out]
                 weight = weight.t()
             weight = self._plain(names[0], weight, (out_features, in_features))
-            return self.wrap(PlainLinear(weight, tensors["bias"].to(self.dtype) if bias else None))
+            return self.wrap(plain_linear(weight, tensors["bias"].to(self.dtype) if bias else None))
         if bias:
             tensors["bias"] = tensors["bias"].to(getattr(torch, scheme.dtype))
         with torch.device("meta"):
@@ -192,7 +193,7 @@ class _Loader:
         config, scheme = self.config, self.checkpoint.scheme_of(name)
         tensors = self.checkpoint.module(name)
         if scheme is None:
-            return PlainEmbedding(self._plain(name, tensors["weight"], (config.vocab_size, config.hidden_size)))
+            return plain_embedding(self._plain(name, tensors["weight"], (config.vocab_size, config.hidden_size)))
         with torch.device("meta"):
             stored = CompressedEmbedding(config.vocab_size, config.hidden_size, scheme)
         self._fill(stored, name, tensors)

@@ -14,6 +14,7 @@ from compressor.kernels import available
 from serve.engine import compiled, llm_engine
 from serve.engine.compiled import can_compile, program_path
 from serve.engine.llm_engine import LLMEngine
+from serve.engine.models.decoder import Decoder
 from serve.engine.sampling_params import SamplingParams
 
 Folder = Callable[[str], Path]
@@ -26,13 +27,15 @@ def load(folder: Path, **settings: object) -> LLMEngine:
 
 
 @needs_kernels
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.full)])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.full)])
 def test_compiled_steps_equal_eager_ones(
     tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     monkeypatch.setenv("HALFWEIGHT_CACHE", str(tmp_path))
     folder = tiny_folder(family)
     eager = load(folder, compile=False)
+    if isinstance(eager.loaded.decoder, Decoder) and eager.loaded.decoder.fused is not None:
+        pytest.skip("the kernels run its dense layers as one operator on this processor: nothing is compiled")
     prompts = [[5, 77, 130, 9], [260], [42, 18, 300, 7, 7, 91, 200, 33, 12, 64] * 4]
     expected = [output.token_ids for output in eager.generate(prompts, GREEDY)]
     assert not eager.compiled
@@ -58,10 +61,10 @@ def test_a_damaged_program_is_made_again(
     monkeypatch.setenv("HALFWEIGHT_CACHE", str(tmp_path))
     compiler = Mock()
     monkeypatch.setattr(llm_engine, "BackgroundCompiler", compiler)
-    path = program_path(load(tiny_folder("llama"), compile=False).loaded.decoder, 16, "bfloat16")
+    path = program_path(load(tiny_folder("gpt2"), compile=False).loaded.decoder, 16, "bfloat16")
     path.parent.mkdir()
     path.write_bytes(b"PK\x03\x04 cut off")
-    load(tiny_folder("llama"))
+    load(tiny_folder("gpt2"))
     compiler.assert_called_once()
     assert not path.exists() and "damaged" in caplog.text
 

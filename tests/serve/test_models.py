@@ -12,10 +12,13 @@ import torch
 
 from compressor.checkpoint import write_manifest
 from compressor.formats import make_format
+from compressor.kernels import isa
 from compressor.quantizers import rtn
 from compressor.scheme import QuantizationConfig, Scheme
 from serve.engine.llm_engine import LLMEngine, NotFiniteError
+from serve.engine.models import linears
 from serve.engine.models.config import ARCHITECTURES, Rope, parse_config
+from serve.engine.models.decoder import Decoder
 from serve.engine.models.rotary import rotary_table
 from serve.engine.sampling_params import SamplingParams
 from serve.engine.scheduler import Scheduled
@@ -63,12 +66,18 @@ def test_greedy_equals_transformers(tiny_folder: Folder, family: str) -> None:
     assert output.token_ids == expected[0, len(PROMPT) :].tolist()
 
 
-def test_bfloat16_is_near_float32(tiny_folder: Folder) -> None:
+@pytest.mark.parametrize("by_torch", [True, False])
+def test_bfloat16_is_near_float32(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch, by_torch: bool) -> None:
+    fastest = torch.bfloat16 if by_torch else torch.float32
+    monkeypatch.setattr(linears, "compute_dtype", lambda *_: fastest)
     exact = LLMEngine.from_folder(tiny_folder("llama"), dtype="float32", kv_cache_gb=0.01, compile=False)
     fast = LLMEngine.from_folder(tiny_folder("llama"), kv_cache_gb=0.01, compile=False)
     error = (engine_logits(fast, PROMPT) - engine_logits(exact, PROMPT)).abs().max()
     assert error < 0.05 * engine_logits(exact, PROMPT).abs().max()
-    assert fast.weight_bytes * 2 == exact.weight_bytes
+    assert exact.weight_bytes / 2 <= fast.weight_bytes < exact.weight_bytes / 2 * 1.02
+    decoder = fast.loaded.decoder
+    assert isinstance(decoder, Decoder)
+    assert (decoder.fused is None) == (by_torch or isa() in ("torch", "scalar"))
 
 
 def test_hub_names_without_prefix(tiny_folder: Folder, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.compressed_linear import CompressedEmbedding, CompressedLinear
-from compressor.kernels import blob, low_rank
+from compressor.kernels import blob, dense, isa, low_rank
+from compressor.precision import compute_dtype
 
 FIXED_ROWS = 16
 
@@ -54,7 +55,7 @@ class KernelEmbedding(nn.Module):
 
 
 class PlainLinear(nn.Module):
-    """A linear that the checkpoint stores plainly: the dense baseline, and the reference in float32."""
+    """A linear that the checkpoint stores plainly, by torch: the dense baseline, and the reference in float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -111,6 +112,29 @@ class PlainEmbedding(nn.Module):
 
     def head(self) -> PlainLinear:
         return PlainLinear(self.weight, None)
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A linear [O, I] that the checkpoint stores plainly.
+
+    torch multiplies bf16 by converting it where the processor has no instructions for it, some five times slower than
+    the kernel, which reads bf16 and sums in fp32.
+    """
+    if _kernel_is_faster(weight):
+        return KernelLinear(dense.prepare_blob(weight), bias, None)
+    return PlainLinear(weight, bias)
+
+
+def plain_embedding(weight: Tensor) -> nn.Module:
+    """An embedding [V, C] that the checkpoint stores plainly, in the form that a head tied to it wants."""
+    if _kernel_is_faster(weight):
+        return KernelEmbedding(dense.prepare_blob(weight), weight.shape[1])
+    return PlainEmbedding(weight)
+
+
+def _kernel_is_faster(weight: Tensor) -> bool:
+    slow = weight.device.type == "cpu" and compute_dtype("auto", weight.device) == torch.float32
+    return slow and weight.dtype == torch.bfloat16 and isa() not in ("torch", "scalar")
 
 
 def packed_linear(stored: CompressedLinear) -> nn.Module:
