@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def calibrate(
 ) -> dict[str, LayerStats]:
     """Input norms of every linear, from whole forward passes over token batches [B, L]."""
     batches = _checked(token_batches)
-    with evaluating(model), widened(model), _recording(linears, hessian=False) as recorder:
+    with evaluating(model), _widened_blocks(model, linears), _recording(linears, hessian=False) as recorder:
         for done, batch in enumerate(batches, start=1):
             _body(model)(input_ids=batch.to(_device(model)), use_cache=False)
             if progress is not None:
@@ -273,11 +274,10 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The block's output, in the dtype of its input; `dtype` is the block's, where it is another."""
-        if dtype is None:
-            return _first(block(hidden, *self.rest, **self.keywords))
-        given = hidden, *self.rest
-        arguments, keywords = tree_map(lambda part: _float_as(part, dtype), (given, self.keywords))
-        return _first(block(*arguments, **keywords)).to(hidden.dtype)
+        given, keywords = (hidden, *self.rest), self.keywords
+        if dtype is not None:
+            given, keywords = _floats_as(dtype, (given, keywords))
+        return _first(block(*given, **keywords)).to(hidden.dtype)
 
 
 def calls_of_blocks(model: nn.Module, blocks: list[nn.Module], batch: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -314,8 +314,39 @@ def calls_of_blocks(model: nn.Module, blocks: list[nn.Module], batch: Tensor) ->
     return given[0], calls
 
 
-def _float_as(part: Any, dtype: torch.dtype) -> Any:
-    return part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part
+def _floats_as(dtype: torch.dtype, parts: Any) -> Any:
+    """Nested arguments or results with all their floating-point tensors in a dtype."""
+
+    def converted(part: Any) -> Any:
+        return part.to(dtype) if isinstance(part, Tensor) and part.is_floating_point() else part
+
+    return tree_map(converted, parts)
+
+
+@contextmanager
+def _widened_blocks(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, blocks run as `calibrate_blocks` runs them: widened, their outputs rounded to the model's dtype."""
+    try:
+        blocks = list(blocks_of(model, linears).values())
+    except ValueError:  # a model without blocks runs as it is
+        blocks = []
+
+    def run(block: nn.Module, *given: Any, **keywords: Any) -> Any:
+        forward = type(block).forward
+        with widened(block) as dtype:
+            if dtype is None:
+                return forward(block, *given, **keywords)
+            own = next(part.dtype for part in (*given, *keywords.values()) if isinstance(part, Tensor))
+            given, keywords = _floats_as(dtype, (given, keywords))
+            return _floats_as(own, forward(block, *given, **keywords))
+
+    for block in blocks:
+        block.forward = partial(run, block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def _first(output: Any) -> Tensor:

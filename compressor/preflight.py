@@ -346,7 +346,8 @@ def _block_bytes(model: nn.Module, linears: Mapping[str, nn.Module]) -> int:
     block = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     widest = max(linear_shape(module)[1] for module in linears.values())
     outside = sum(p.numel() for p in model.parameters()) - len(blocks) * block
-    return 4 * block + 16 * widest**2 + 2 * outside
+    kept = 2 if compute_dtype("auto", torch.device("cpu")) == torch.float32 else 0  # beside what is widened
+    return (4 + kept) * block + 16 * widest**2 + 2 * outside
 
 
 def _check_machine(plan: Plan, out: Path) -> None:

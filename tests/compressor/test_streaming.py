@@ -10,6 +10,7 @@ import torch
 
 from compressor.cli import main
 from compressor.pipeline import compress
+from compressor.precision import compute_dtype
 from compressor.recipe import parse_recipe
 from compressor.streaming import compress_streaming
 
@@ -150,4 +151,5 @@ def test_memory_holds_a_few_blocks_not_the_model(prose: Path, tmp_path: Path) ->
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     tiny, wide_peak = map(int, done.stdout.split())
-    assert wide_peak - tiny < 3 * block_bytes, f"{(wide_peak - tiny) / block_bytes:.2f} blocks"
+    widened = 2 if compute_dtype("auto", torch.device("cpu")) == torch.float32 else 0  # one block in fp32 too
+    assert wide_peak - tiny < (3 + widened) * block_bytes, f"{(wide_peak - tiny) / block_bytes:.2f} blocks"

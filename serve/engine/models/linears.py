@@ -15,6 +15,7 @@ from compressor.kernels import blob, dense, isa, low_rank
 from compressor.precision import compute_dtype
 
 FIXED_ROWS = 16
+_AVX2 = ("avx2", "avx2_vnni")
 
 
 class KernelLinear(nn.Module):
@@ -117,8 +118,8 @@ class PlainEmbedding(nn.Module):
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A linear [O, I] that the checkpoint stores plainly.
 
-    torch multiplies bf16 by converting it where the processor has no instructions for it, some five times slower than
-    the kernel, which reads bf16 and sums in fp32.
+    On processors with AVX2 and no more torch multiplies bf16 by converting it, some five times slower than the kernel,
+    which reads bf16 and sums in fp32.
     """
     if _kernel_is_faster(weight):
         return KernelLinear(dense.prepare_blob(weight), bias, None)
@@ -134,7 +135,7 @@ def plain_embedding(weight: Tensor) -> nn.Module:
 
 def _kernel_is_faster(weight: Tensor) -> bool:
     slow = weight.device.type == "cpu" and compute_dtype("auto", weight.device) == torch.float32
-    return slow and weight.dtype == torch.bfloat16 and isa() not in ("torch", "scalar")
+    return slow and weight.dtype == torch.bfloat16 and isa() in _AVX2
 
 
 def packed_linear(stored: CompressedLinear) -> nn.Module:
