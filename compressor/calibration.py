@@ -131,7 +131,11 @@ def calibrate(
 ) -> dict[str, LayerStats]:
     """Input norms of every linear, from whole forward passes over token batches [B, L]."""
     batches = _checked(token_batches)
-    with evaluating(model), _widened_blocks(model, linears), _recording(linears, hessian=False) as recorder:
+    with (
+        evaluating(model),
+        _widened_one_by_one(_blocks_if_any(model, linears)),
+        _recording(linears, hessian=False) as recorder,
+    ):
         for done, batch in enumerate(batches, start=1):
             _body(model)(input_ids=batch.to(_device(model)), use_cache=False)
             if progress is not None:
@@ -194,7 +198,7 @@ def calibrate_blocks(
     first = next(iter(blocks))
     hidden = residence.hidden_states()
     calls: list[list[BlockCall]] = []
-    with evaluating(model):
+    with evaluating(model), _widened_one_by_one(blocks.values()):
         with residence.outside(), residence.block(first, blocks[first]):
             for number, batch in enumerate(batches):
                 hidden[number], recorded = calls_of_blocks(model, list(blocks.values()), batch)
@@ -203,14 +207,13 @@ def calibrate_blocks(
             inside = {name: module for name, module in linears.items() if name.startswith(prefix + ".")}
             with residence.block(prefix, block):
                 if inside:
-                    with widened(block) as dtype, _recording(inside, hessian) as recorder:
+                    with _recording(inside, hessian) as recorder:
                         for number, call in enumerate(calls):
-                            call[index].run(block, hidden[number], dtype)
+                            call[index].run(block, hidden[number])
                         stats = recorder.stats()
                     yield _complete(stats, inside)
-                with widened(block) as dtype:
-                    for number, call in enumerate(calls):
-                        hidden[number] = call[index].run(block, hidden[number], dtype)
+                for number, call in enumerate(calls):
+                    hidden[number] = call[index].run(block, hidden[number])
 
 
 def _checked(token_batches: Iterable[Tensor]) -> list[Tensor]:
@@ -272,12 +275,9 @@ class BlockCall:
     rest: tuple[Any, ...]
     keywords: dict[str, Any]
 
-    def run(self, block: nn.Module, hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The block's output, in the dtype of its input; `dtype` is the block's, where it is another."""
-        given, keywords = (hidden, *self.rest), self.keywords
-        if dtype is not None:
-            given, keywords = _floats_as(dtype, (given, keywords))
-        return _first(block(*given, **keywords)).to(hidden.dtype)
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        output = block(hidden, *self.rest, **self.keywords)
+        return _first(output)
 
 
 def calls_of_blocks(model: nn.Module, blocks: list[nn.Module], batch: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -300,6 +300,7 @@ def calls_of_blocks(model: nn.Module, blocks: list[nn.Module], batch: Tensor) ->
         for block in blocks[1:]:
             block.forward = skip(output)
 
+    forwards = [block.__dict__.get("forward") for block in blocks[1:]]
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     handles.append(blocks[0].register_forward_hook(skip_the_others))
     try:
@@ -307,8 +308,10 @@ def calls_of_blocks(model: nn.Module, blocks: list[nn.Module], batch: Tensor) ->
     finally:
         for handle in handles:
             handle.remove()
-        for block in blocks[1:]:
+        for block, forward in zip(blocks[1:], forwards, strict=True):
             block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
     if len(calls) != len(blocks):
         raise ValueError(f"{len(calls)} of the {len(blocks)} blocks were run; calibrate this model as a whole")
     return given[0], calls
@@ -323,13 +326,16 @@ def _floats_as(dtype: torch.dtype, parts: Any) -> Any:
     return tree_map(converted, parts)
 
 
-@contextmanager
-def _widened_blocks(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, blocks run as `calibrate_blocks` runs them: widened, their outputs rounded to the model's dtype."""
+def _blocks_if_any(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterable[nn.Module]:
     try:
-        blocks = list(blocks_of(model, linears).values())
-    except ValueError:  # a model without blocks runs as it is
-        blocks = []
+        return blocks_of(model, linears).values()
+    except ValueError:  # such a model runs as it is
+        return ()
+
+
+@contextmanager
+def _widened_one_by_one(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, each block is widened while it runs, and its output rounded to the dtype of its input."""
 
     def run(block: nn.Module, *given: Any, **keywords: Any) -> Any:
         forward = type(block).forward
@@ -340,12 +346,13 @@ def _widened_blocks(model: nn.Module, linears: Mapping[str, nn.Module]) -> Itera
             given, keywords = _floats_as(dtype, (given, keywords))
             return _floats_as(own, forward(block, *given, **keywords))
 
-    for block in blocks:
+    chosen = list(blocks)
+    for block in chosen:
         block.forward = partial(run, block)
     try:
         yield
     finally:
-        for block in blocks:
+        for block in chosen:
             del block.forward
 
 
