@@ -299,9 +299,9 @@ void check_attention(const Kernels& k, const Kernels& scalar, CacheRow kind, Dty
       const auto divide = [&](std::vector<float>& sums) {
         for (size_t i = 0; i < sums.size(); ++i) sums[i] = total[i / dim] > 0 ? sums[i] / total[i / dim] : 0;
       };
-      k.attend(a, part, aligned, ours.data(), largest.data(), total.data());
+      k.attend(a, part, nullptr, aligned, ours.data(), largest.data(), total.data());
       divide(ours);
-      scalar.attend(a, part, aligned, expected.data(), largest.data(), total.data());
+      scalar.attend(a, part, nullptr, aligned, expected.data(), largest.data(), total.data());
       divide(expected);
       // Tiles round each softmax weight to eight bits; values lie in [-1, 1].
       compare("attention", k, ours, expected, dtype == Dtype::bf16 ? 4000 : 0);

@@ -72,37 +72,43 @@ struct Fp8Row {
 
 // Where the keys of a block lie in both caches, in bytes.
 struct Places {
+  int keys;
   int64_t at[kKeys];
-  Places(const Attention& a, const int32_t* table, int kv_head, int first, int keys) {
+  Places(const Attention& a, const AttentionPart& part, int first) : keys(part.key_end - first < kKeys ? part.key_end - first : kKeys) {
+    const int32_t* table = a.tables + static_cast<int64_t>(part.sequence) * a.max_blocks;
     const int64_t row = static_cast<int64_t>(a.row_bytes()), token = a.kv_heads * row;
     int block = first / a.block_size, offset = first % a.block_size;
     for (int j = 0; j < keys; ++j) {
-      at[j] = (static_cast<int64_t>(table[block]) * a.block_size + offset) * token + kv_head * row;
+      at[j] = (static_cast<int64_t>(table[block]) * a.block_size + offset) * token + part.kv_head * row;
       if (++offset == a.block_size) offset = 0, ++block;
     }
   }
 };
 
 // Rows of a head are far apart in the cache: no hardware prefetcher follows them.
-constexpr int kAhead = 16;
-template <class Row> HW_INLINE void prefetch_row(const char* cache, const Places& places, int j, int keys, int dim) {
-  if (j < keys) for (size_t d = 0; d < static_cast<size_t>(dim) * Row::kBytes; d += 64) Simd::prefetch(cache + places.at[j] + d);
+constexpr int kAhead = 8;
+template <class Row> HW_INLINE void prefetch_row(const char* cache, const Places& places, int j, int dim) {
+  if (j < places.keys) for (size_t d = 0; d < static_cast<size_t>(dim) * Row::kBytes; d += 64) Simd::prefetch(cache + places.at[j] + d);
 }
 
 // scores[r][j] *= the factor of key or value j.
-template <class Row> void multiply_by_factors(const char* cache, const Attention& a, const Workspace& w, const Places& places, int keys, int rows) {
+template <class Row> void multiply_by_factors(const char* cache, const Attention& a, const Workspace& w, const Places& places, int rows) {
+  const int keys = places.keys;
   float factors[kKeys];
   for (int j = 0; j < keys; ++j) factors[j] = Row::factor(cache + places.at[j], a.dim);
   for (int r = 0; r < rows; ++r) for (int j = 0; j < keys; ++j) w.scores[r * kKeys + j] *= factors[j];
 }
 
 // Of few rows: one key meets four of them, or one row four keys, so that four sums cross their lanes together.
-template <class Row> void score_few(const Attention& a, const Workspace& w, const Places& places, int keys, int rows) {
-  const int dim = a.dim;
+template <class Row> void score_few(const Attention& a, const Workspace& w, const Places& places, int rows) {
+  const int dim = a.dim, keys = places.keys;
   if (rows == 1) {
     for (int j = 0; j < keys; j += 4) {
       Float sum[4] = {Simd::fzero(), Simd::fzero(), Simd::fzero(), Simd::fzero()};
-      for (int i = 0; i < 4; ++i) prefetch_row<Row>(a.keys, places, j + i + kAhead, keys, dim);
+      for (int i = 0; i < 4; ++i) {
+        prefetch_row<Row>(a.keys, places, j + i + kAhead, dim);
+        prefetch_row<Row>(a.values, places, j + i, dim);
+      }
       for (int d = 0; d < dim; d += Simd::kLanes) {
         const Float query = Simd::fload(w.query + d);
         for (int i = 0; i < 4; ++i) sum[i] = Simd::fma(Row::load(a.keys + places.at[j + i < keys ? j + i : keys - 1], d), query, sum[i]);
@@ -116,7 +122,8 @@ template <class Row> void score_few(const Attention& a, const Workspace& w, cons
     for (int j = 0; j < keys; ++j) {
       Float sum[4] = {Simd::fzero(), Simd::fzero(), Simd::fzero(), Simd::fzero()};
       const char* key = a.keys + places.at[j];
-      prefetch_row<Row>(a.keys, places, j + kAhead, keys, dim);
+      prefetch_row<Row>(a.keys, places, j + kAhead, dim);
+      if (r == 0) prefetch_row<Row>(a.values, places, j, dim);
       for (int d = 0; d < dim; d += Simd::kLanes) {
         const Float k = Row::load(key, d);
         for (int i = 0; i < 4; ++i) sum[i] = Simd::fma(k, Simd::fload(w.query + (r + i) * dim + d), sum[i]);
@@ -128,14 +135,16 @@ template <class Row> void score_few(const Attention& a, const Workspace& w, cons
 }
 
 // scores[r][j] = query r . key j. With many rows the keys are transposed first, so that lanes are keys.
-template <class Row> void score(const Attention& a, const Workspace& w, const Places& places, int keys, int rows) {
-  const int dim = a.dim;
+template <class Row> void score(const Attention& a, const Workspace& w, const Places& places, int rows) {
+  const int dim = a.dim, keys = places.keys;
   if (rows <= kFewRows) {
-    score_few<Row>(a, w, places, keys, rows);
-    if (Row::kScaled) multiply_by_factors<Row>(a.keys, a, w, places, keys, rows);
+    score_few<Row>(a, w, places, rows);
+    if (Row::kScaled) multiply_by_factors<Row>(a.keys, a, w, places, rows);
     return;
   }
   for (int j = 0; j < kKeys; ++j) {
+    prefetch_row<Row>(a.keys, places, j + kAhead, dim);
+    prefetch_row<Row>(a.values, places, j, dim);
     const char* key = a.keys + places.at[j < keys ? j : keys - 1];
     const float factor = Row::factor(key, dim);
     for (int d = 0; d < dim; ++d) w.keys[d * kKeys + j] = Row::at(key, d) * factor;
@@ -145,10 +154,13 @@ template <class Row> void score(const Attention& a, const Workspace& w, const Pl
 }
 
 // sums[r][d] += sum over j of scores[r][j] * value j [d], for V registers of columns; gemm_block without a copy of the values.
-template <class Row, int V> HW_INLINE void weigh_block(const float* scores, const char* values, int at, const Places& places, int keys, float* sums, int dim) {
+// Meanwhile it fetches the first rows of `keys`, if that is not nullptr.
+template <class Row, int V>
+HW_INLINE void weigh_block(const float* scores, const char* values, int at, const Places& places, float* sums, int dim, const char* keys, const Places* next) {
   Float acc[4][V];
   for (int r = 0; r < 4; ++r) for (int v = 0; v < V; ++v) acc[r][v] = Simd::fload(sums + r * dim + v * Simd::kLanes);
-  for (int j = 0; j < keys; ++j) {
+  for (int j = 0; j < places.keys; ++j) {
+    if (next) prefetch_row<Row>(keys, *next, j, dim);
     const char* value = values + places.at[j];
     Float row[V];
     for (int v = 0; v < V; ++v) row[v] = Row::load(value, at + v * Simd::kLanes);
@@ -159,8 +171,8 @@ template <class Row, int V> HW_INLINE void weigh_block(const float* scores, cons
   }
   for (int r = 0; r < 4; ++r) for (int v = 0; v < V; ++v) Simd::fstore(sums + r * dim + v * Simd::kLanes, acc[r][v]);
 }
-template <class Row> void weigh(const Attention& a, const Workspace& w, const Places& places, int keys, int rows, float* sums) {
-  const int dim = a.dim;
+template <class Row> void weigh(const Attention& a, const Workspace& w, const Places& places, const Places* next, int rows, float* sums) {
+  const int dim = a.dim, keys = places.keys;
   if (rows > kFewRows) {
     for (int j = 0; j < keys; ++j) {
       const char* value = a.values + places.at[j];
@@ -169,13 +181,13 @@ template <class Row> void weigh(const Attention& a, const Workspace& w, const Pl
     }
     return gemm(w.scores, kKeys, w.values, dim, sums, dim, rows, keys, dim);
   }
-  if (Row::kScaled) multiply_by_factors<Row>(a.values, a, w, places, keys, rows);
+  if (Row::kScaled) multiply_by_factors<Row>(a.values, a, w, places, rows);
   constexpr int wide = Simd::kLanes == 16 ? 4 : 2;
   for (int r = 0; r < rows; r += 4) {
     int n = 0;
     for (; n + wide * Simd::kLanes <= dim; n += wide * Simd::kLanes)
-      weigh_block<Row, wide>(w.scores + r * kKeys, a.values, n, places, keys, sums + r * dim + n, dim);
-    for (; n < dim; n += Simd::kLanes) weigh_block<Row, 1>(w.scores + r * kKeys, a.values, n, places, keys, sums + r * dim + n, dim);
+      weigh_block<Row, wide>(w.scores + r * kKeys, a.values, n, places, sums + r * dim + n, dim, a.keys, r + n == 0 ? next : nullptr);
+    for (; n < dim; n += Simd::kLanes) weigh_block<Row, 1>(w.scores + r * kKeys, a.values, n, places, sums + r * dim + n, dim, a.keys, r + n == 0 ? next : nullptr);
   }
 }
 
@@ -207,11 +219,10 @@ void softmax_row(float* scores, int visible, float* out, int dim, float* largest
 
 // Queries [first, first + count) of a sequence, all heads of kv_head, over keys [begin, end): sums [R][D], not yet divided by
 // `total` [R]; `largest` [R] is the maximum they were taken relative to.
-template <class Row> void attend_rows(const Attention& a, const AttentionPart& part, float* memory, float* sums, float* largest, float* total) {
+template <class Row> void attend_rows(const Attention& a, const AttentionPart& part, const AttentionPart* next, float* memory, float* sums, float* largest, float* total) {
   const int dim = a.dim, heads = a.heads / a.kv_heads, rows = part.count * heads;
   const int queries = a.starts[part.sequence + 1] - a.starts[part.sequence];
   const int position = a.lengths[part.sequence] - queries + part.first;  // of the first query
-  const int32_t* table = a.tables + static_cast<int64_t>(part.sequence) * a.max_blocks;
   const Workspace w(memory, dim);
   const int padded = (rows + 3) / 4 * 4;
   for (int i = 0; i < padded * dim; ++i) sums[i] = 0;
@@ -223,24 +234,22 @@ template <class Row> void attend_rows(const Attention& a, const AttentionPart& p
     for (int d = 0; d < dim; ++d) w.query[r * dim + d] *= a.scale;
   }
   for (int key = part.key_begin; key < part.key_end; key += kKeys) {
-    const int keys = part.key_end - key < kKeys ? part.key_end - key : kKeys;
-    const Places places(a, table, part.kv_head, key, keys);
-    for (int j = 0; j < keys; ++j) {
-      if (j < kAhead) prefetch_row<Row>(a.keys, places, j, keys, dim);
-      prefetch_row<Row>(a.values, places, j, keys, dim);
-    }
-    score<Row>(a, w, places, keys, rows);
+    const Places places(a, part, key);
+    const bool last = key + kKeys >= part.key_end;
+    const Places following = last ? next ? Places(a, *next, next->key_begin) : places : Places(a, part, key + kKeys);
+    for (int j = 0; j < kAhead; ++j) prefetch_row<Row>(a.keys, places, j, dim);
+    score<Row>(a, w, places, rows);
     for (int r = rows; r < padded; ++r) for (int j = 0; j < kKeys; ++j) w.scores[r * kKeys + j] = 0;
     for (int r = 0; r < rows; ++r) {
       const int before = position + r / heads + 1 - key;
-      softmax_row(w.scores + r * kKeys, before < 0 ? 0 : before < keys ? before : keys, sums + r * dim, dim, largest + r, total + r);
+      softmax_row(w.scores + r * kKeys, before < 0 ? 0 : before < places.keys ? before : places.keys, sums + r * dim, dim, largest + r, total + r);
     }
-    weigh<Row>(a, w, places, keys, padded, sums);
+    weigh<Row>(a, w, places, last && !next ? nullptr : &following, padded, sums);
   }
 }
-void attend(const Attention& a, const AttentionPart& part, float* memory, float* sums, float* largest, float* total) {
+void attend(const Attention& a, const AttentionPart& part, const AttentionPart* next, float* memory, float* sums, float* largest, float* total) {
   const auto rows = a.row == CacheRow::bf16 ? attend_rows<PlainRow> : a.row == CacheRow::int8 ? attend_rows<ScaledRow> : attend_rows<Fp8Row>;
-  rows(a, part, memory, sums, largest, total);
+  rows(a, part, next, memory, sums, largest, total);
 }
 
 }  // namespace

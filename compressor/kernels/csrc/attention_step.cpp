@@ -82,7 +82,7 @@ void AttentionStep::attend(int64_t n, const char* keys, const char* values, char
   float* memory = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(work) + 63) / 64 * 64);
   Attention a = a_;
   a.keys = keys, a.values = values;
-  kernels().attend(a, parts_[i], memory, p.sums, p.largest, p.total);
+  kernels().attend(a, parts_[i], i > 0 ? &parts_[i - 1] : nullptr, memory, p.sums, p.largest, p.total);
 }
 
 void AttentionStep::merge(int64_t j, void* out, char* memory) const {

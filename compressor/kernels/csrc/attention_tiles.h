@@ -45,7 +45,8 @@ HW_INLINE void transpose(__m512i v[16]) {
 }
 
 // Rows of a cache are bf16, or small numbers that bf16 holds exactly: their factors multiply scores and weights.
-template <class Row> void load_keys(const char* cache, const Places& places, int keys, int dim, uint16_t* out) {
+template <class Row> void load_keys(const char* cache, const Places& places, int dim, uint16_t* out) {
+  const int keys = places.keys;
   for (int first = 0; first < keys; first += kTile)
     for (int d = 0; d < dim; d += kSlab, out += kTile * kSlab) {
       __m512i rows[16];
@@ -57,7 +58,8 @@ template <class Row> void load_keys(const char* cache, const Places& places, int
       for (int p = 0; p < kTile; ++p) _mm512_store_si512(out + p * kSlab, rows[p]);
     }
 }
-template <class Row> void load_values(const char* cache, const Places& places, int keys, int dim, uint16_t* out) {
+template <class Row> void load_values(const char* cache, const Places& places, int dim, uint16_t* out) {
+  const int keys = places.keys;
   for (int first = 0; first < keys; first += kSlab, out += kSlab * dim)
     for (int pair = 0; pair < kTile; ++pair) {
       const int j = first + 2 * pair;
@@ -160,7 +162,6 @@ template <class Row> void attend_tiles_of(const Attention& a, const AttentionPar
   const int dim = a.dim, heads = a.heads / a.kv_heads, rows = part.count * heads, tiles = (rows + kTile - 1) / kTile;
   const int queries = a.starts[part.sequence + 1] - a.starts[part.sequence];
   const int position = a.lengths[part.sequence] - queries + part.first;
-  const int32_t* table = a.tables + static_cast<int64_t>(part.sequence) * a.max_blocks;
   const TileWorkspace w(memory, dim);
   configure_tiles(64);
   std::memset(w.sums, 0, static_cast<size_t>(tiles) * kTile * dim * sizeof(float));
@@ -175,11 +176,11 @@ template <class Row> void attend_tiles_of(const Attention& a, const AttentionPar
       _mm512_store_si512(to, r < rows ? _mm512_loadu_si512(from + d) : _mm512_setzero_si512());
   }
   for (int key = part.key_begin; key < part.key_end; key += kKeys) {
-    const int keys = part.key_end - key < kKeys ? part.key_end - key : kKeys;
-    const Places places(a, table, part.kv_head, key, keys);
-    for (int j = 0; j < keys; ++j) prefetch_row<Row>(a.keys, places, j, keys, dim);
-    load_keys<Row>(a.keys, places, keys, dim, w.keys);
-    for (int j = 0; j < keys; ++j) prefetch_row<Row>(a.values, places, j, keys, dim);
+    const Places places(a, part, key);
+    const int keys = places.keys;
+    for (int j = 0; j < keys; ++j) prefetch_row<Row>(a.keys, places, j, dim);
+    load_keys<Row>(a.keys, places, dim, w.keys);
+    for (int j = 0; j < keys; ++j) prefetch_row<Row>(a.values, places, j, dim);
     for (int tile = 0; tile < (keys + kTile - 1) / kTile; ++tile)
       multiply_bf16<false>(w.query, kTile * dim, kTile * kSlab, 2 * kSlab, w.keys + tile * kTile * dim, kTile * kSlab, dim / kSlab, tiles,
                            reinterpret_cast<char*>(w.scores + tile * kTile), kKeys * sizeof(float));
@@ -195,7 +196,7 @@ template <class Row> void attend_tiles_of(const Attention& a, const AttentionPar
       if (visible == 0) std::memset(scores, 0, kKeys * sizeof(uint16_t));
       else weigh_row<Row::kScaled>(scores, visible, key_factors, value_factors, w.sums + r * dim, dim, state, r);
     }
-    load_values<Row>(a.values, places, keys, dim, w.values);
+    load_values<Row>(a.values, places, dim, w.values);
     for (int d = 0; d < dim; d += kTile)
       multiply_bf16<true>(reinterpret_cast<uint16_t*>(w.scores), kTile * 2 * kKeys, kSlab, kKeys * sizeof(float), w.values + d * kSlab, kSlab * dim,
                           (keys + kSlab - 1) / kSlab, tiles, reinterpret_cast<char*>(w.sums + d), static_cast<int64_t>(dim) * sizeof(float));
@@ -205,9 +206,9 @@ template <class Row> void attend_tiles_of(const Attention& a, const AttentionPar
   std::memcpy(sums, w.sums, static_cast<size_t>(rows) * dim * sizeof(float));
 }
 
-void attend_tiles(const Attention& a, const AttentionPart& part, float* memory, float* sums, float* largest, float* total) {
+void attend_tiles(const Attention& a, const AttentionPart& part, const AttentionPart* next, float* memory, float* sums, float* largest, float* total) {
   const int rows = part.count * (a.heads / a.kv_heads);
-  if (rows <= kFewRows || a.dtype != Dtype::bf16 || a.dim % kSlab != 0) return attend(a, part, memory, sums, largest, total);
+  if (rows <= kFewRows || a.dtype != Dtype::bf16 || a.dim % kSlab != 0) return attend(a, part, next, memory, sums, largest, total);
   const auto run = a.row == CacheRow::bf16 ? attend_tiles_of<PlainRow> : a.row == CacheRow::int8 ? attend_tiles_of<ScaledRow> : attend_tiles_of<Fp8Row>;
   run(a, part, memory, sums, largest, total);
 }

@@ -140,8 +140,9 @@ struct Kernels {
   void (*linear_halves)(const Linear& call, int begin, int end);
   // Row `id` of a weight, dequantised: out [in_features].
   void (*weight_row)(const Weight& w, int64_t id, float* out);
-  // memory: attention_floats(dim) floats from a multiple of 64 bytes on.
-  void (*attend)(const Attention& a, const AttentionPart& part, float* memory, float* sums, float* largest, float* total);
+  // next: the part that is likely to follow, whose keys are then fetched ahead, or nullptr; memory: attention_floats(dim)
+  // floats from a multiple of 64 bytes on.
+  void (*attend)(const Attention& a, const AttentionPart& part, const AttentionPart* next, float* memory, float* sums, float* largest, float* total);
   // out = normalised(x (+ residual)) * weight; the sum, rounded to the dtype, goes to `sum` if there is a residual.
   void (*rms_norm)(const RowsOf& x, const RowsOf& residual, const RowsOf& weight, int columns, float eps, void* out, void* sum, int64_t row, float* memory);
   void (*silu_and_mul)(const RowsOf& x, int columns, void* out, int64_t row, float* memory);
