@@ -146,7 +146,9 @@ void finish(const Linear& call, int first, int rows, int token, float* sums) {
     load_row(call.bias, call.bias_dtype, first, rows, bias);
     for (int r = 0; r < rows; ++r) sums[r] += bias[r];
   }
-  store_row(sums, call.out_dtype, static_cast<int64_t>(token) * out_features + first, rows, call.out);
+  const int64_t at = static_cast<int64_t>(token) * out_features + first;
+  if (rows == kRows) store_row(sums, call.out_dtype, at, kRows, call.out);  // unrolled
+  else store_row(sums, call.out_dtype, at, rows, call.out);
 }
 
 void linear_blocks(const Linear& call, const Tiles& tiles, const Tiles& low_rank, int begin, int end) {

@@ -135,33 +135,37 @@ template <class P> void unpack_panel(const Weight& w, int block, int first, int 
 template <class P, int T>
 void panel_tile(const Weight& w, const Activations& a, int block, int token, int first, int last, const Panel& panel, float* out) {
   constexpr int most = P::kIsShort ? 8 / P::kProducts : 1 << 30;  // chunks before a flush
+  const Half half = w.half;
   const uint8_t* p = panel.chunks;
   const uint16_t* scales = w.scales(block) + static_cast<int64_t>(first) * w.scale_stride;
-  const float* token_scales = a.scales + static_cast<int64_t>(token) * a.groups;
+  const int64_t x_scales = a.groups, columns = a.columns;  // of a token: stores to `out` may change what is behind a reference
+  const float* token_scales = a.scales + token * x_scales + first;
   int c = w.group_end(first - 1);
-  const int8_t* x = a.quantised + static_cast<int64_t>(token) * a.columns + c * kChunk;
+  const int8_t* x = a.quantised + token * columns + c * kChunk;
   for (int g = first; g < last; ++g, scales += w.scale_stride) {
     PanelSums<T, P::kIsShort> sums[kParts];
     for (auto& s : sums) s.clear();
     const int end = w.group_end(g);
     if (end - c <= most) {
-      for (; c < end; ++c, p += P::kBytes, x += kChunk) P::template dot<T>(p, {x, a.columns}, sums);
+      for (; c < end; ++c, p += P::kBytes, x += kChunk) P::template dot<T>(p, {x, columns}, sums);
       for (auto& s : sums) s.flush_once();
     }
     while (c < end) {
       const int stop = end - c > most ? c + most : end;
-      for (; c < stop; ++c, p += P::kBytes, x += kChunk) P::template dot<T>(p, {x, a.columns}, sums);
+      for (; c < stop; ++c, p += P::kBytes, x += kChunk) P::template dot<T>(p, {x, columns}, sums);
       for (auto& s : sums) s.flush();
     }
+    __asm__ volatile("" ::: "memory");  // GCC would keep copies of all of `out` from one group to the next, on the stack
     for (int part = 0; part < kParts; ++part) {
-      const Float scale = load_halves(scales + part * Simd::kLanes, w.half);
+      const Float scale = load_halves(scales + part * Simd::kLanes, half);
       const Int offset = Simd::load(&panel.offsets[g - first][part * Simd::kLanes]);
       for (int t = 0; t < T; ++t) {
         float* o = out + t * kRows + part * Simd::kLanes;
         const Float sum = Simd::to_float(Simd::sub(sums[part].acc[t], offset));
-        Simd::fstore(o, Simd::fma(sum, Simd::mul(scale, Simd::fset1(token_scales[t * a.groups + g])), Simd::fload(o)));
+        Simd::fstore(o, Simd::fma(sum, Simd::mul(scale, Simd::fset1(token_scales[t * x_scales])), Simd::fload(o)));
       }
     }
+    ++token_scales;
   }
 }
 
