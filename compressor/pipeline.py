@@ -121,7 +121,14 @@ def read_text(folder: Path, recipe: Recipe, result: Result) -> TextBlocks | None
         settings.source, tokenizer, length=settings.length, seed=recipe.seed, field=settings.field, max_tokens=limit
     )
     result.text = asdict(text.report)
+    training_blocks(text, recipe)  # too short a text is said now, not after hours
     return text
+
+
+def training_blocks(text: TextBlocks, recipe: Recipe) -> Tensor:
+    """The blocks that stages may train on [n, L]: all but those held out, where any are."""
+    holds_out = recipe.retraining is not None or recipe.quantization.scales is not None
+    return text.split(held_out(recipe))[0] if holds_out else text.blocks
 
 
 def blocks_needed(recipe: Recipe) -> int:
@@ -210,7 +217,7 @@ def _reconstructed(
     stage = "reconstruct" if grids is None else "rebuild"
     masks = sparse.masks if grids is None else {name: sparse.mask_of(name) for name in grids}
     precision = recipe.retraining.loop.precision if recipe.retraining else "auto"
-    examples = text.blocks[: settings.samples]
+    examples = training_blocks(text, recipe)[: settings.samples]
     scales = [sparse.scales[name] for name in sorted(sparse.scales)]
     record = {stage: asdict(settings), "precision": precision}
     identity = identity_of(sparse.model, masks, [examples, *scales], record)
@@ -311,9 +318,13 @@ def quantize(sparse: SparseModel, recipe: Recipe, text: TextBlocks | None, resul
         unrounded: Any = copy.deepcopy(sparse.model) if trained else None
         calibrate_quantizer(sparse, recipe, result.plan, text, report)
         if settings.reconstruction is not None:
-            grids = rounding_grids(sparse, unrounded, result.plan, text.blocks[: settings.samples])
-            start, end = _reconstructed(sparse, unrounded, settings.reconstruction, recipe, text, result, report, grids)
-            result.figures |= {"block_error_rounded": start, "block_error_rebuilt": end}
+            examples = training_blocks(text, recipe)[: settings.samples]
+            grids = rounding_grids(sparse, unrounded, result.plan, examples)
+            if grids:  # none where the recipe leaves all layers with integers out
+                start, end = _reconstructed(
+                    sparse, unrounded, settings.reconstruction, recipe, text, result, report, grids
+                )
+                result.figures |= {"block_error_rounded": start, "block_error_rebuilt": end}
         if settings.scales is not None:
             _train_scales(sparse, unrounded, settings.scales, recipe, text, result, report)
 
@@ -344,7 +355,7 @@ def _train_scales(
         grids,
         dtypes,
         settings,
-        precision=recipe.retraining.loop.precision if recipe.retraining else "auto",
+        loop=recipe.retraining.loop if recipe.retraining else None,
         seed=recipe.seed + 1,  # retraining began with the blocks of the seed itself
         validation=validation,
         work_dir=work_folder(result.out) / "scales",

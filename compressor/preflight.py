@@ -247,9 +247,11 @@ def _estimate(
     # Trained: fp32 weight, gradient, two moments, a bf16 teacher; logits come in chunks. Else: fp32 weights.
     # Where only small matrices train: the frozen weight and what the forward sees of it, the mask, a teacher.
     state, kept = (3 * compute_dtype("auto", training_device()).itemsize + 1, 1.5) if small else (4 * 4 + 2 + 2, 13)
-    # Where scales alone train: the fp32 and the bf16 weight, the grid value, the gradient, a bf16 teacher.
-    scaled = recipe.quantization.scales is not None
-    size, logits = (state, 3) if trained else (4 + 2 + 1 + 2 + 2, 3) if scaled else (6, 0)
+    # Where scales alone train: weight, gradient and teacher in the dtype that computes, the weight as it came if that
+    # is another, and the grid value.
+    computing = compute_dtype("auto", training_device()).itemsize
+    scaled = 3 * computing + (2 if computing > 2 else 0) + 1
+    size, logits = (state, 3) if trained else (scaled, 3) if recipe.quantization.scales is not None else (6, 0)
     memory = parameters * size + 2048 * vocabulary * 4 * logits + 5e8
     disk = packed * 1.1 + (parameters * kept * 3 if trained else 0)
     notes = []

@@ -46,6 +46,8 @@ class _Section(BaseModel):
 
 S = TypeVar("S", bound=_Section)
 Values = Literal["int4", "int8", "fp8", "bfloat16", "float16"]
+_INTEGERS = {"int4", "int8"}
+_SCALED = {*_INTEGERS, "fp8"}
 
 
 def _did_you_mean(given: str, accepted: Sequence[str]) -> str:
@@ -274,8 +276,19 @@ class Recipe(_Section):
             )
         if any(override.sparsity not in (None, "dense") for override in self.overrides) and self.sparsity is None:
             raise ValueError("an override of sparsity needs a sparsity section, which says how to prune")
+        self._check_grids()
         _check_targets(self.ignore)
         return self
+
+    def _check_grids(self) -> None:
+        """What trains on packed grids needs some."""
+        values = {self.quantization.values, *(override.values for override in self.overrides)} - {None}
+        for key, fitting in (("reconstruction", _SCALED), ("scales", _INTEGERS)):
+            if getattr(self.quantization, key) is not None and not values & fitting:
+                raise ValueError(
+                    f"quantization.{key} trains on the grids of {' or '.join(sorted(fitting))}, but values are "
+                    f"{' and '.join(sorted(map(str, values)))}: add --set quantization.{key}=null"
+                )
 
     def _check_task(self) -> None:
         method = self.retraining.method if self.retraining is not None else None

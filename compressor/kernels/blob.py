@@ -64,11 +64,12 @@ def write(header: Header, chunks: Tensor, scale: Tensor | None) -> Tensor:
     """[O, bytes]: the blob of chunks [B, C, chunk bytes] and scales [O, G]."""
     blocks = chunks.shape[0]
     scales = chunks.new_empty((blocks, 0)) if scale is None else scale_bytes(scale, blocks)
-    body = torch.cat([scales, chunks.flatten(1)], dim=1)
-    size = HEADER_BYTES + body.numel()
+    size = HEADER_BYTES + scales.numel() + chunks.numel()
     blob = torch.zeros(header.out_features, -(-size // header.out_features), dtype=torch.uint8)
     blob.view(-1)[:HEADER_BYTES] = torch.tensor(header.numbers(), dtype=torch.int32).view(torch.uint8)
-    blob.view(-1)[HEADER_BYTES:size] = body.flatten()
+    body = blob.view(-1)[HEADER_BYTES:size].view(blocks, -1)
+    body[:, : scales.shape[1]] = scales
+    body[:, scales.shape[1] :] = chunks.flatten(1)
     return blob
 
 

@@ -173,6 +173,7 @@ class Run:
         self._resume()
         if self.snapshots is not None and self.step == 0:
             self._save()
+        resumed = self.step
         saved, pause = time.monotonic(), 60 * self.settings.checkpoint_minutes
         while not self.plan.done(self.step):
             started = time.monotonic()
@@ -190,6 +191,8 @@ class Run:
                 saved = time.monotonic()
                 pause = max(pause, _CHECKPOINT_SHARE * self.distribution.slowest(saved - began))
         self.distribution.check_masks(self.method.trained)
+        if self.snapshots is not None and self.step > resumed:
+            self._save()  # what comes after may be killed too, and must not cost the whole run
 
     def _go_back(self, error: DivergedError) -> None:
         """Take up the last good snapshot at a lower rate."""
@@ -298,6 +301,7 @@ class Run:
             "trained_tokens": self.trained_tokens,
             "quantized": self.quantized,
             "losses": self.guard.losses,
+            "last": self.last,
         }
         self.distribution.check_masks(self.method.trained)
         self.snapshots.save(self.step, self._state(), record)
@@ -315,7 +319,7 @@ class Run:
         if self.quantized:
             self.method.quantize_from(self.snapshots.load_weights())
         self.step, self.trained_tokens = manifest["step"], manifest["trained_tokens"]
-        self.guard.losses = manifest["losses"]
+        self.guard.losses, self.last = manifest["losses"], manifest["last"]
         for name, value in manifest["plan"].items():
             setattr(self.plan, name, value)
         log.info("going on from step %d of %d", self.step, self.plan.total)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import is_conv1d, weight_of
+from compressor.calibration import blocks_of, is_conv1d, weight_of
 from compressor.precision import compute_dtype
 from compressor.quantizers import IntegerGrid
 from compressor.retraining.distillation import text_loss
@@ -29,6 +29,7 @@ from compressor.retraining.loop import (
     LoopSettings,
     Progress,
     Run,
+    checkpointed,
     identity_of,
     plain_attention,
     training_device,
@@ -145,7 +146,7 @@ def train_scales(
     dtypes: Mapping[str, torch.dtype],
     settings: ScaleSettings,
     *,
-    precision: str = "auto",
+    loop: LoopSettings | None = None,
     seed: int = 0,
     validation: Tensor | None = None,
     work_dir: Path | None = None,
@@ -157,6 +158,7 @@ def train_scales(
 
     Args:
         linears: by name; `grids` their grids, and `dtypes` those that their scales are stored in, by the same names.
+        loop: of the run before, whose precision, micro-batch, checkpointing of activations and minutes are kept.
         seed: of the order of the text.
         validation: text blocks [n, L] that are only measured.
         work_dir: where snapshots are kept, so that a killed run goes on.
@@ -165,16 +167,26 @@ def train_scales(
         The scales [O, G] by name, and the validation loss before and after.
     """
     device = training_device()
-    dtype = compute_dtype(precision, device)
+    before = loop or LoopSettings()
+    dtype = compute_dtype(before.precision, device)
     loop = LoopSettings(
-        learning_rate=settings.learning_rate, batch=settings.batch, precision=precision, seed=seed, keep_checkpoints=1
+        learning_rate=settings.learning_rate,
+        batch=settings.batch,
+        micro_batch=before.micro_batch if settings.batch % (before.micro_batch or 1) == 0 else None,
+        precision=before.precision,
+        checkpoint_minutes=before.checkpoint_minutes,
+        checkpoint_activations=before.checkpoint_activations,
+        keep_checkpoints=1,
+        seed=seed,
     )
+    blocks = [model.get_submodule(name) for name in blocks_of(model, linears)] if loop.checkpoint_activations else []
     snapshots = None
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)
         examples = (*objective.identity(), *(grids[name].scale for name in sorted(grids)))
         identity = identity_of(model, {}, examples, {"scales": asdict(settings), "loop": asdict(loop)})
         snapshots = Snapshots(work_dir / "snapshots", identity, loop.keep_checkpoints)
+        snapshots.clear_others()
     method = ScaleTraining([GroupScales.of(name, linears[name], grids[name], dtypes[name], device) for name in grids])
     plan = Plan(Budget(tokens=settings.samples * objective.tokens), settings.batch * objective.tokens)
     with computing_in(model, device, dtype), plain_attention(model, objective.tokens):
@@ -183,7 +195,8 @@ def train_scales(
             entry.publish()
         objective.prepare(model, dtype)
         start = None if validation is None else text_loss(model, validation)
-        Run(model, objective, method, loop, plan, snapshots, None, progress).train()
+        with checkpointed(blocks, loop.checkpoint_activations):
+            Run(model, objective, method, loop, plan, snapshots, None, progress).train()
         end = None if validation is None else text_loss(model, validation)
     if start is not None and end is not None and not end <= start:
         log.warning("training the scales made it worse (%.4f from %.4f); they stay as they were", end, start)

@@ -87,12 +87,24 @@ class Snapshots:
         """Whole snapshots, oldest first."""
         return sorted(path.parent for path in self.folder.glob(f"step-*/{_MANIFEST}"))
 
+    def clear_others(self) -> None:
+        """Remove the snapshots of another run: for a short stage, which starts elsewhere where what comes before it
+        was done again.
+        """
+        manifest = self._newest()
+        if manifest is not None and manifest["identity"] != self.identity:
+            log.warning("%s holds another run; starting anew", self.folder)
+            self.clear()
+
+    def _newest(self) -> dict[str, Any] | None:
+        found = self.steps()
+        return json.loads((found[-1] / _MANIFEST).read_text()) if found else None
+
     def latest(self) -> dict[str, Any] | None:
         """The newest manifest, or None; raises when it belongs to another run."""
-        found = self.steps()
-        if not found:
+        manifest = self._newest()
+        if manifest is None:
             return None
-        manifest: dict[str, Any] = json.loads((found[-1] / _MANIFEST).read_text())
         if manifest["identity"] != self.identity:
             raise ValueError(
                 f"{self.folder} holds a run of another model, text or recipe; give another work folder, "

@@ -1,12 +1,12 @@
 """The decoder as one native call: exported, compiled ahead of time, and kept on disk.
 
-Llama-like layers whose linears are all packed are one operator (`decoder_layers`) and need none of this; it is for the
-others, dense ones for instance. A step of a small model is hundreds of operators of a few microseconds each, and
-calling them from Python costs as much as running them. `torch.export` and AOTInductor write the whole step as a C++
-program. It is compiled once per model geometry, format and version, in a process of its own while this one answers
-eagerly, and loaded in milliseconds at the next start, without importing the compiler. Sizes that change from step to
-step are symbols, so one program serves decode and prefill of any batch. Weights stay outside: the program borrows this
-process's tensors.
+Llama-like layers whose linears all go through our kernels are one operator (`decoder_layers`) and need none of this; it
+is for the others, dense ones for instance where torch runs their linears. A step of a small model is hundreds of
+operators of a few microseconds each, and calling them from Python costs as much as running them. `torch.export` and
+AOTInductor write the whole step as a C++ program. It is compiled once per model geometry, format and version, in a
+process of its own while this one answers eagerly, and loaded in milliseconds at the next start, without importing the
+compiler. Sizes that change from step to step are symbols, so one program serves decode and prefill of any batch.
+Weights stay outside: the program borrows this process's tensors.
 
 Shapes: T tokens, S sequences, as in `StepInputs`.
 """

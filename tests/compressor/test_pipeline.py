@@ -314,3 +314,48 @@ def test_print_config_shows_overrides(capsys: pytest.CaptureFixture[str]) -> Non
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["quantization"]["values"] == "int8"
     assert shown["retraining"]["budget"] == "2Mtok"
+
+
+def test_what_follows_retraining_may_be_killed_and_costs_no_second_retraining(
+    tiny_llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By time: done again it would run other steps, and what comes after would not go on from its work folder."""
+    arguments = [str(tiny_llama), "--recipe", "ast-2of4-int4", "--budget", "2s", "--out", str(tmp_path / "out")]
+    arguments += ["--set", f"text.source={prose}", "--set", "text.length=64", *QUICKLY]
+    arguments += ["--set", "retraining.validation_blocks=4", "--set", "sparsity.samples=8"]
+    whole = pipeline.save
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "save", killed)
+    assert main(arguments) != 0
+    first = capsys.readouterr().err
+    assert '"stage": "retrain"' in first and '"stage": "scales"' in first
+    monkeypatch.setattr(pipeline, "save", whole)
+    assert main(arguments) == 0
+    again = capsys.readouterr().err
+    assert '"stage": "retrain"' not in again
+    assert '"stage": "scales"' not in again, "its last snapshot is of its end"
+    verify(tmp_path / "out")
+
+
+def test_a_text_too_short_to_hold_any_out_is_refused_before_calibration(
+    tiny_llama: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tiny_llama), "--recipe", "ast-2of4-int4", "--one-shot", "--out", str(tmp_path / "out")]
+    short = tmp_path / "short.txt"
+    short.write_text(prose.read_text()[:500])
+    arguments += ["--set", f"text.source={short}", "--set", "text.length=64", "--set", "quantization.scales.samples=4"]
+    assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "blocks asked for validation" in told and "calibrate" not in told
+
+
+@pytest.mark.parametrize(("values", "key"), [("bfloat16", "reconstruction"), ("fp8", "scales")])
+def test_training_on_grids_needs_grids(
+    tiny_llama: Path, tmp_path: Path, values: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tiny_llama), "--recipe", "ast-2of4-int4", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--set", f"quantization.values={values}"]) == 1
+    assert f"quantization.{key}=null" in capsys.readouterr().err

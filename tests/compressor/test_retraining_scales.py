@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from compressor.calibration import weight_of
 from compressor.formats import make_format
 from compressor.quantizers import IntegerGrid, rtn, snap
 from compressor.retraining import TextDistillation
+from compressor.retraining.loop import LoopSettings
 from compressor.retraining.scales import GroupScales, ScaleSettings, train_scales
 from compressor.scheme import Scheme
 from tests.retraining import gpt2, linears_of, llama, masks_of, text
 
 SCHEME = Scheme("sparse24_int4", 16)
 SETTINGS = ScaleSettings(samples=64, batch=4, learning_rate=5e-3)
+FP32 = LoopSettings(precision="fp32")
 
 
 def rounded(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, IntegerGrid], dict[str, Tensor]]:
@@ -47,7 +50,7 @@ def test_the_loss_falls_and_only_scales_change(build: Callable[[], nn.Module], t
     steps: list[int] = []
     scales, before, after = train_scales(
         model, TextDistillation(text(), teacher, kl_weight=0.1), linears, grids, dtypes(grids), SETTINGS,
-        precision="fp32", validation=text(8), work_dir=tmp_path, progress=lambda step, *_: steps.append(step),
+        loop=FP32, validation=text(8), work_dir=tmp_path, progress=lambda step, *_: steps.append(step),
     )  # fmt: skip
     assert before is not None and after is not None and after < before and steps[-1] == 16
     fmt, changed = make_format(SCHEME), 0
@@ -88,7 +91,7 @@ def test_scales_that_training_makes_worse_stay(caplog: pytest.LogCaptureFixture)
     stood = {name: weight_of(module).detach().clone() for name, module in linears.items()}
     wild = ScaleSettings(samples=16, batch=4, learning_rate=3.0)
     scales, before, after = train_scales(
-        model, objective, linears, grids, dtypes(grids), wild, precision="fp32", validation=text(8)
+        model, objective, linears, grids, dtypes(grids), wild, loop=FP32, validation=text(8)
     )
     assert before == after and "made it worse" in caplog.text
     for name, module in linears.items():
@@ -110,7 +113,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
         found, *_ = train_scales(
-            model, objective, linears, grids, dtypes(grids), SETTINGS, precision="fp32", work_dir=folder,
+            model, objective, linears, grids, dtypes(grids), SETTINGS, loop=FP32, work_dir=folder,
             progress=progress,
         )  # fmt: skip
         return found
@@ -120,6 +123,48 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert list((tmp_path / "snapshots").iterdir())
     again, whole = run(tmp_path), run(None)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_what_a_stage_left_that_began_elsewhere_is_no_obstacle(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A retraining by time that is done again never ends on the same weights."""
+    torch.set_num_threads(1)
+    found = []
+    for shift in (0.0, 1e-3):
+        model = llama()
+        objective = TextDistillation(text(), copy.deepcopy(model), kl_weight=0.5)
+        for module in linears_of(model).values():
+            weight_of(module).data += shift
+        linears, grids, _ = rounded(model)
+        scales, *_ = train_scales(
+            model, objective, linears, grids, dtypes(grids), SETTINGS, loop=FP32, work_dir=tmp_path
+        )
+        found.append(scales)
+    assert "starting anew" in caplog.text
+    assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_activations_are_computed_again_where_the_run_before_did() -> None:
+    torch.set_num_threads(1)
+    results, runs = [], []
+    for saving in (False, True):
+        model = llama()
+        objective = TextDistillation(text(), copy.deepcopy(model), kl_weight=0.5)
+        linears, grids, _ = rounded(model)
+        block, calls = model.get_submodule("model.layers.0"), list[int]()
+
+        def counted(*given: Any, run: Any = block.forward, calls: list[int] = calls, **named: Any) -> Any:
+            calls.append(1)
+            return run(*given, **named)
+
+        block.forward = counted
+        loop = LoopSettings(precision="fp32", checkpoint_activations=saving, batch=4, micro_batch=2)
+        scales, *_ = train_scales(model, objective, linears, grids, dtypes(grids), SETTINGS, loop=loop)
+        results.append(scales)
+        runs.append(len(calls))
+    assert runs[1] - runs[0] == 32  # 16 steps of two micro-batches
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_settings_are_checked() -> None:
