@@ -162,6 +162,7 @@ def test_two_ranks_say_what_one_says(ask: Ask, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.skipif("avx512f" not in Path("/proc/cpuinfo").read_text(), reason="vLLM's int4 kernel needs AVX-512")
 def test_dense_int4_by_vllms_own_kernels(ask: Ask, dense: Callable[..., Path], tmp_path: Path) -> None:
     """The layout that Marlin takes on a GPU, by the kernel that takes the same on a CPU, against unpacked weights."""
     from compressor.exports import export_checkpoint

@@ -72,8 +72,9 @@ struct Fp8Row {
 
 // Where the keys of a block lie in both caches, in bytes.
 struct Places {
-  int keys;
+  int keys = 0;
   int64_t at[kKeys];
+  Places() {}
   Places(const Attention& a, const AttentionPart& part, int first) : keys(part.key_end - first < kKeys ? part.key_end - first : kKeys) {
     const int32_t* table = a.tables + static_cast<int64_t>(part.sequence) * a.max_blocks;
     const int64_t row = static_cast<int64_t>(a.row_bytes()), token = a.kv_heads * row;
@@ -154,7 +155,7 @@ template <class Row> void score(const Attention& a, const Workspace& w, const Pl
 }
 
 // sums[r][d] += sum over j of scores[r][j] * value j [d], for V registers of columns; gemm_block without a copy of the values.
-// Meanwhile it fetches the first rows of `keys`, if that is not nullptr.
+// Meanwhile it fetches the keys at `next`, if that is not nullptr.
 template <class Row, int V>
 HW_INLINE void weigh_block(const float* scores, const char* values, int at, const Places& places, float* sums, int dim, const char* keys, const Places* next) {
   Float acc[4][V];
@@ -171,7 +172,7 @@ HW_INLINE void weigh_block(const float* scores, const char* values, int at, cons
   }
   for (int r = 0; r < 4; ++r) for (int v = 0; v < V; ++v) Simd::fstore(sums + r * dim + v * Simd::kLanes, acc[r][v]);
 }
-template <class Row> void weigh(const Attention& a, const Workspace& w, const Places& places, const Places* next, int rows, float* sums) {
+template <class Row> void weigh(const Attention& a, const Workspace& w, const Places& places, const Places& next, int rows, float* sums) {
   const int dim = a.dim, keys = places.keys;
   if (rows > kFewRows) {
     for (int j = 0; j < keys; ++j) {
@@ -186,8 +187,8 @@ template <class Row> void weigh(const Attention& a, const Workspace& w, const Pl
   for (int r = 0; r < rows; r += 4) {
     int n = 0;
     for (; n + wide * Simd::kLanes <= dim; n += wide * Simd::kLanes)
-      weigh_block<Row, wide>(w.scores + r * kKeys, a.values, n, places, sums + r * dim + n, dim, a.keys, r + n == 0 ? next : nullptr);
-    for (; n < dim; n += Simd::kLanes) weigh_block<Row, 1>(w.scores + r * kKeys, a.values, n, places, sums + r * dim + n, dim, a.keys, r + n == 0 ? next : nullptr);
+      weigh_block<Row, wide>(w.scores + r * kKeys, a.values, n, places, sums + r * dim + n, dim, a.keys, r + n == 0 ? &next : nullptr);
+    for (; n < dim; n += Simd::kLanes) weigh_block<Row, 1>(w.scores + r * kKeys, a.values, n, places, sums + r * dim + n, dim, a.keys, r + n == 0 ? &next : nullptr);
   }
 }
 
@@ -235,8 +236,7 @@ template <class Row> void attend_rows(const Attention& a, const AttentionPart& p
   }
   for (int key = part.key_begin; key < part.key_end; key += kKeys) {
     const Places places(a, part, key);
-    const bool last = key + kKeys >= part.key_end;
-    const Places following = last ? next ? Places(a, *next, next->key_begin) : places : Places(a, part, key + kKeys);
+    const Places following = key + kKeys < part.key_end ? Places(a, part, key + kKeys) : next ? Places(a, *next, next->key_begin) : Places();
     for (int j = 0; j < kAhead; ++j) prefetch_row<Row>(a.keys, places, j, dim);
     score<Row>(a, w, places, rows);
     for (int r = rows; r < padded; ++r) for (int j = 0; j < kKeys; ++j) w.scores[r * kKeys + j] = 0;
@@ -244,7 +244,7 @@ template <class Row> void attend_rows(const Attention& a, const AttentionPart& p
       const int before = position + r / heads + 1 - key;
       softmax_row(w.scores + r * kKeys, before < 0 ? 0 : before < places.keys ? before : places.keys, sums + r * dim, dim, largest + r, total + r);
     }
-    weigh<Row>(a, w, places, last && !next ? nullptr : &following, padded, sums);
+    weigh<Row>(a, w, places, following, padded, sums);
   }
 }
 void attend(const Attention& a, const AttentionPart& part, const AttentionPart* next, float* memory, float* sums, float* largest, float* total) {
