@@ -319,7 +319,7 @@ class Run:
         if self.quantized:
             self.method.quantize_from(self.snapshots.load_weights())
         self.step, self.trained_tokens = manifest["step"], manifest["trained_tokens"]
-        self.guard.losses, self.last = manifest["losses"], manifest["last"]
+        self.guard.losses, self.last = manifest["losses"], manifest.get("last", {})  # older snapshots have none
         for name, value in manifest["plan"].items():
             setattr(self.plan, name, value)
         log.info("going on from step %d of %d", self.step, self.plan.total)
