@@ -1,4 +1,4 @@
-"""Examples as token ids, and batches of them: right-padded to a multiple of eight.
+"""Examples as token ids, and batches of them: right-padded to the longest.
 
 Shapes: N examples, B of a batch, L tokens of the longest.
 """
@@ -14,8 +14,6 @@ from torch import Tensor
 
 from compressor.data import opening_of
 from compressor.tasks.task import Example, Task
-
-_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,7 @@ class Answers:
 
 
 def _padded(rows: list[list[int]], value: int) -> Tensor:
-    longest = max(map(len, rows))
-    width = -(-longest // _MULTIPLE) * _MULTIPLE
+    width = max(map(len, rows))
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 

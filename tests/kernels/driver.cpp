@@ -89,7 +89,7 @@ Quantised make_input(const Kernels& k, const Weight& w, const std::vector<float>
     }
     if (!is_quantised(w.format)) continue;
     const float factor = w.format == Format::sparse24_int4 || w.format == Format::int4 ? 16 : 1;
-    k.quantise(f, columns, w.group, factor, path == Path::panels ? k.unsigned_panels(w.format) : !tiles && k.unsigned_x, row.data(), q.scales.data() + static_cast<size_t>(t) * w.groups);
+    k.quantise(f, columns, w.group, factor, !tiles && k.unsigned_x(w.format), row.data(), q.scales.data() + static_cast<size_t>(t) * w.groups);
     for (int c = 0; c < columns; ++c) {
       const size_t tile = tiles ? tile_columns(w) : 0;
       const size_t at = tiles ? (t / kTileTokens * (columns / tile) + c / tile) * kTileTokens * tile + t % kTileTokens * tile + c % tile

@@ -3,7 +3,10 @@
 //   madd()   float activations: likewise, without an offset
 // `p` points at the part of the chunk's first vector that belongs to this register's rows; vectors are 64 bytes apart.
 // kFactor: the integer weights seen by dot() are this many times the real ones.
+// kShort: products of int4 weights are added up in 16 bits, eight of them before flush(); activations are unsigned.
 #pragma once
+#include <type_traits>
+
 #include "layout.h"
 
 namespace halfweight {
@@ -12,8 +15,11 @@ namespace {
 using Int = Simd::Int;
 using Float = Simd::Float;
 
+HW_INLINE constexpr bool is_short(Format f) { return Simd::kShortInt4 && is_int4(f); }
+bool unsigned_x(Format f) { return Simd::kUnsignedX || is_short(f); }  // whether activations come with 128 added
+
 // A dot product takes 4 to 5 cycles: with few tokens, independent accumulators keep the unit busy.
-template <int T> constexpr int kAccumulators = T == 1 ? 4 : T == 2 ? 2 : 1;
+template <int T> constexpr int kAccumulators = Simd::kChains > T ? Simd::kChains / T : 1;
 template <int T> constexpr int kSums = T <= 2 ? 4 : 2;
 
 template <int T> struct Dots {
@@ -43,6 +49,9 @@ template <int T> struct Dots {
   }
 };
 
+template <int T> struct ShortDots;  // where Simd has them
+template <int T, bool kShort> using Products = std::conditional_t<kShort, ShortDots<T>, Dots<T>>;
+
 template <int T> struct Sums {
   static constexpr int kAccumulators = 2;  // whatever the batch: then a token's result does not depend on its neighbours
   Float acc[T][kAccumulators];
@@ -68,8 +77,10 @@ template <class Values> struct Sparse {
   static constexpr int kBytes = static_cast<int>(chunk_bytes(Values::kFormat));
   static constexpr Format kFormat = Values::kFormat;
   static constexpr float kFactor = Values::kFactor;
+  static constexpr bool kShort = is_short(kFormat);
+  static constexpr int kUnits = 4;  // products in a chunk
 
-  template <int half, int T> static HW_INLINE void dot_half(const uint8_t* p, Int meta, Rows<int8_t> x, Dots<T>& d) {
+  template <int half, int T> static HW_INLINE void dot_half(const uint8_t* p, Int meta, Rows<int8_t> x, Products<T, kShort>& d) {
     const Int three = Simd::set1(0x03030303), quads = Simd::set1(0x0c080400);
     const Int first = Values::template slot<half, 0>(p), second = Values::template slot<half, 1>(p);
     const Int at_first = Simd::and_or(Simd::shr<4 * half>(meta), three, quads);
@@ -82,10 +93,10 @@ template <class Values> struct Sparse {
       d.template add<2 * half + 1>(t, Simd::shuffle(row, at_second), second);
     }
   }
-  template <int T> static HW_INLINE void dot(const uint8_t* p, Rows<int8_t> x, Dots<T>& d) {
+  template <int T> static HW_INLINE void dot(const uint8_t* p, Rows<int8_t> x, Products<T, kShort>& d) {
     const Int meta = Simd::load(p);
-    dot_half<0>(p, meta, x, d);
-    dot_half<1>(p, meta, x, d);
+    dot_half<0, T>(p, meta, x, d);
+    dot_half<1, T>(p, meta, x, d);
   }
 
   template <int quad, int T> static HW_INLINE void madd_quad(const uint8_t* p, Half half, Int meta, Rows<float> x, Sums<T>& s) {
@@ -111,15 +122,17 @@ template <class Values> struct Dense {
   static constexpr int kBytes = static_cast<int>(chunk_bytes(Values::kFormat));
   static constexpr Format kFormat = Values::kFormat;
   static constexpr float kFactor = Values::kFactor;
+  static constexpr bool kShort = is_short(kFormat);
+  static constexpr int kUnits = 8;
 
-  template <int unit, int T> static HW_INLINE void dot_unit(const uint8_t* p, Rows<int8_t> x, Dots<T>& d) {
+  template <int unit, int T> static HW_INLINE void dot_unit(const uint8_t* p, Rows<int8_t> x, Products<T, kShort>& d) {
     const Int w = Values::template unit<unit>(p);
     d.template weigh<unit>(w);
     for (int t = 0; t < T; ++t) d.template add<unit>(t, Simd::load32(x[t] + 4 * unit), w);
   }
-  template <int T> static HW_INLINE void dot(const uint8_t* p, Rows<int8_t> x, Dots<T>& d) {
-    dot_unit<0>(p, x, d), dot_unit<1>(p, x, d), dot_unit<2>(p, x, d), dot_unit<3>(p, x, d);
-    dot_unit<4>(p, x, d), dot_unit<5>(p, x, d), dot_unit<6>(p, x, d), dot_unit<7>(p, x, d);
+  template <int T> static HW_INLINE void dot(const uint8_t* p, Rows<int8_t> x, Products<T, kShort>& d) {
+    dot_unit<0, T>(p, x, d), dot_unit<1, T>(p, x, d), dot_unit<2, T>(p, x, d), dot_unit<3, T>(p, x, d);
+    dot_unit<4, T>(p, x, d), dot_unit<5, T>(p, x, d), dot_unit<6, T>(p, x, d), dot_unit<7, T>(p, x, d);
   }
 
   template <int k, int T> static HW_INLINE void madd_column(const uint8_t* p, Half half, Rows<float> x, Sums<T>& s) {
@@ -140,13 +153,17 @@ template <int h> HW_INLINE Float half_field(Int v, Half half) {
   return Simd::low_fp16(Simd::shr<16 * h>(v));
 }
 
+// The upper (h = 1) or lower half of each byte: in the byte's upper half, where its sign is the byte's, or small, to be added up.
+template <int h> HW_INLINE Int nibbles(Int w) {
+  static constexpr int8_t small[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+  if constexpr (Simd::kShortInt4) return Simd::shuffle(Simd::load128(small), Simd::and_(Simd::shr<4 * h>(w), Simd::set1(0x0f0f0f0f)));
+  else return Simd::and_(h == 0 ? Simd::shl<4>(w) : w, Simd::set1(0xf0f0f0f0));
+}
+
 struct SparseInt4Values {
   static constexpr Format kFormat = Format::sparse24_int4;
-  static constexpr float kFactor = 16;  // a nibble stays in the upper half of its byte: its sign is then the byte's
-  template <int half, int h> static HW_INLINE Int slot(const uint8_t* p) {
-    const Int w = Simd::load(p + 64 * (1 + half));
-    return Simd::and_(h == 0 ? Simd::shl<4>(w) : w, Simd::set1(0xf0f0f0f0));
-  }
+  static constexpr float kFactor = 16;
+  template <int half, int h> static HW_INLINE Int slot(const uint8_t* p) { return nibbles<h>(Simd::load(p + 64 * (1 + half))); }
   template <int quad, int h> static HW_INLINE Float value(const uint8_t* p, Half) {
     return signed_field<8 * (quad & 3) + 4 * h, 4>(Simd::load(p + 64 * (1 + quad / 4)));
   }
@@ -169,10 +186,7 @@ struct SparseHalfValues {
 struct Int4Values {
   static constexpr Format kFormat = Format::int4;
   static constexpr float kFactor = 16;
-  template <int i> static HW_INLINE Int unit(const uint8_t* p) {
-    const Int w = Simd::load(p + 64 * (i / 2));
-    return Simd::and_(i % 2 == 0 ? Simd::shl<4>(w) : w, Simd::set1(0xf0f0f0f0));
-  }
+  template <int i> static HW_INLINE Int unit(const uint8_t* p) { return nibbles<i % 2>(Simd::load(p + 64 * (i / 2))); }
   template <int k> static HW_INLINE Float value(const uint8_t* p, Half) {
     return signed_field<8 * (k & 3) + 4 * (k / 4 & 1), 4>(Simd::load(p + 64 * (k / 8)));
   }

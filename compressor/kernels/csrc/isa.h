@@ -9,7 +9,7 @@ namespace {
 constexpr Kernels make_kernels(const char* name) {
   Kernels k{};
   k.name = name;
-  k.unsigned_x = Simd::kUnsignedX;
+  k.unsigned_x = unsigned_x;
   k.to_float = to_float;
   k.to_halves = to_halves;
   k.quantise = quantise;

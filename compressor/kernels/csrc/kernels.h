@@ -119,20 +119,19 @@ HW_INLINE int64_t distillation_floats(int columns) { return 3 * static_cast<int6
 
 struct Kernels {
   const char* name;
-  bool unsigned_x;
   // Row `t` of x [tokens][in] as float, summed over `segment` if that is not 0, zero-filled up to `columns`.
   void (*to_float)(const void* x, Dtype dtype, int in, int segment, float* out, int columns);
   // The same in bf16; memory: `columns` floats.
   void (*to_halves)(const void* x, Dtype dtype, int in, int segment, uint16_t* out, int columns, float* memory);
   // One row to int8 in groups; `factor` multiplies every scale. A group with a NaN or an infinity gets the scale NaN.
   void (*quantise)(const float* x, int columns, int group, float factor, bool as_unsigned, int8_t* out, float* scales);
+  bool (*unsigned_x)(Format f);  // whether linear_int8 and linear_panels want activations + 128
   // Row blocks [begin, end) of a linear; weights int8-quantised x int8 activations, or float activations ("exact").
   void (*linear_int8)(const Linear& call, int begin, int end);
   void (*linear_float)(const Linear& call, int begin, int end);
   // linear_int8 for weights that takes_panels(), from `panel_tokens` tokens on; nullptr where it is of no use.
   void (*linear_panels)(const Linear& call, int begin, int end);
   int panel_tokens;
-  bool (*unsigned_panels)(Format f);  // whether it wants activations + 128
   // The same with matrix tiles; nullptr where the instruction set has none. Used from `tile_tokens` tokens on; takes signed x.
   void (*linear_tiles)(const Linear& call, int begin, int end);
   int tile_tokens;

@@ -16,45 +16,74 @@ HW_INLINE Float load_halves(const uint16_t* p, Half half) {
   return half == Half::bf16 ? Simd::load_bf16(p) : Simd::load_fp16(p);
 }
 
+HW_INLINE void fetch_first(const Weight& w, int block) {  // tiles fetch what follows
+  for (int i = 0; i < kPrefetch; i += 64) Simd::prefetch(w.data + block * w.block_bytes + i);
+}
 template <int bytes> HW_INLINE void prefetch_chunk(const uint8_t* p) {
   for (int i = 0; i < bytes; i += 64) Simd::prefetch(p + kPrefetch + i);
 }
 
-// out[t][row] = sum over groups of scale(row) * scale(t) * (integer dot product)
-template <class F, int T> void int8_tile(const Weight& w, const Activations& a, int block, int token, float* out) {
-  const uint8_t* chunks = w.chunks(block);
-  const uint16_t* scales = w.scales(block);
+// A group's chunks; short products stay in 16 bits for `most` of them.
+template <class F, int T, int parts> HW_INLINE void int8_group(const uint8_t* p, int chunks, Rows<int8_t> x, Products<T, F::kShort> (&dots)[parts], bool fetch) {
+  constexpr int most = 8 / F::kUnits;
+  const auto chunk = [&] {
+    if (fetch) prefetch_chunk<F::kBytes>(p);
+    for (int i = 0; i < parts; ++i) F::template dot<T>(p + i * Simd::kBytes, x, dots[i]);
+    p += F::kBytes, x.x += kChunk;
+  };
+  if constexpr (!F::kShort) {
+    for (; chunks > 0; --chunks) chunk();
+  } else if (chunks == most) {
+    for (int c = 0; c < most; ++c) chunk();
+    for (auto& d : dots) d.flush_once();
+  } else {
+    for (; chunks > 0; chunks -= most) {
+      for (int c = 0; c < (chunks < most ? chunks : most); ++c) chunk();
+      for (auto& d : dots) d.flush();
+    }
+  }
+}
+
+// out[i][t][row] = sum over groups of scale(row) * scale(t) * (integer dot product), for `blocks` row blocks `stride` apart.
+template <class F, int T, int blocks> void int8_tile(const Weight& w, const Activations& a, int block, int stride, int token, float* out) {
+  constexpr int together = T == 1 && Simd::kBytes == 32 ? kParts : 1;  // registers that share what is read of activations
   const float* token_scales = a.scales + static_cast<int64_t>(token) * a.groups;
-  Float total[kParts][T];
-  for (auto& part : total) for (Float& v : part) v = Simd::fzero();
-  for (int g = 0, begin = 0; g < w.groups; ++g, scales += w.scale_stride) {
+  const int8_t* x = a.quantised + static_cast<int64_t>(token) * a.columns;
+  const uint8_t* chunks[blocks];
+  const uint16_t* scales[blocks];
+  for (int i = 0; i < blocks; ++i) chunks[i] = w.chunks(block + i * stride), scales[i] = w.scales(block + i * stride);
+  Float total[blocks][kParts][T];
+  for (auto& of_block : total) for (auto& part : of_block) for (Float& v : part) v = Simd::fzero();
+  for (int g = 0, begin = 0; g < w.groups; ++g) {
     const int end = w.group_end(g);
-    for (int part = 0; part < kParts; ++part) {
-      Dots<T> dots;
-      dots.clear();
-      for (int c = begin; c < end; ++c) {
-        const uint8_t* p = chunks + static_cast<int64_t>(c) * F::kBytes;
-        if (part == 0) prefetch_chunk<F::kBytes>(p);
-        F::template dot<T>(p + part * Simd::kBytes, {a.quantised + static_cast<int64_t>(token) * a.columns + c * kChunk, a.columns}, dots);
+    for (int i = 0; i < blocks; ++i) {
+      for (int part = 0; part < kParts; part += together) {
+        Products<T, F::kShort> dots[together];
+        for (auto& d : dots) d.clear();
+        int8_group<F, T>(chunks[i] + part * Simd::kBytes, end - begin, {x + begin * kChunk, a.columns}, dots, part == 0);
+        for (int j = 0; j < together; ++j) {
+          const Float scale = load_halves(scales[i] + (part + j) * Simd::kLanes, w.half);
+          const Int offset = dots[j].offset();
+          for (int t = 0; t < T; ++t) {
+            Float& sum = total[i][part + j][t];
+            sum = Simd::fma(Simd::to_float(Simd::sub(dots[j].total(t), offset)), Simd::mul(scale, Simd::fset1(token_scales[t * a.groups + g])), sum);
+          }
+        }
       }
-      const Float scale = load_halves(scales + part * Simd::kLanes, w.half);
-      const Int offset = dots.offset();
-      for (int t = 0; t < T; ++t) {
-        const Float sum = Simd::to_float(Simd::sub(dots.total(t), offset));
-        total[part][t] = Simd::fma(sum, Simd::mul(scale, Simd::fset1(token_scales[t * a.groups + g])), total[part][t]);
-      }
+      chunks[i] += static_cast<int64_t>(end - begin) * F::kBytes, scales[i] += w.scale_stride;
     }
     begin = end;
   }
-  for (int t = 0; t < T; ++t)
-    for (int part = 0; part < kParts; ++part) {
-      float* o = out + t * kRows + part * Simd::kLanes;
-      Simd::fstore(o, Simd::fadd(Simd::fload(o), total[part][t]));
-    }
+  for (int i = 0; i < blocks; ++i)
+    for (int t = 0; t < T; ++t)
+      for (int part = 0; part < kParts; ++part) {
+        float* o = out + (i * T + t) * kRows + part * Simd::kLanes;
+        Simd::fstore(o, Simd::fadd(Simd::fload(o), total[i][part][t]));
+      }
 }
 
 // The same from float activations and exact weights.
-template <class F, int T> void float_tile(const Weight& w, const Activations& a, int block, int token, float* out) {
+template <class F, int T> void float_tile(const Weight& w, const Activations& a, int block, int, int token, float* out) {
   const uint8_t* chunks = w.chunks(block);
   const uint16_t* scales = w.scales(block);
   Float total[kParts][T];
@@ -84,14 +113,14 @@ template <class F, int T> void float_tile(const Weight& w, const Activations& a,
   }
 }
 
-using Tile = void (*)(const Weight&, const Activations&, int, int, float*);
-struct Tiles { Tile one, two, four, eight; };
+using Tile = void (*)(const Weight&, const Activations&, int block, int stride, int token, float*);
+struct Tiles { Tile pair, one, two, four, eight; };  // pair: of row blocks, with one token
 
 template <class F> constexpr Tiles int8_tiles() {
-  return {int8_tile<F, 1>, int8_tile<F, 2>, int8_tile<F, 4>, Simd::kTokens == 8 ? int8_tile<F, Simd::kTokens> : nullptr};
+  return {Simd::kBytes == 32 ? int8_tile<F, 1, 2> : nullptr, int8_tile<F, 1, 1>, int8_tile<F, 2, 1>, int8_tile<F, 4, 1>, Simd::kTokens == 8 ? int8_tile<F, Simd::kTokens, 1> : nullptr};
 }
 template <class F> constexpr Tiles float_tiles() {
-  return {float_tile<F, 1>, float_tile<F, 2>, float_tile<F, 4>, Simd::kTokens == 8 ? float_tile<F, Simd::kTokens> : nullptr};
+  return {nullptr, float_tile<F, 1>, float_tile<F, 2>, float_tile<F, 4>, Simd::kTokens == 8 ? float_tile<F, Simd::kTokens> : nullptr};
 }
 
 Tiles tiles_for(Format format, bool int8) {
@@ -151,16 +180,38 @@ void finish(const Linear& call, int first, int rows, int token, float* sums) {
   else store_row(sums, call.out_dtype, at, rows, call.out);
 }
 
+HW_INLINE void clear(float* out, int n) {
+  for (int i = 0; i < n; i += Simd::kLanes) Simd::fstore(out + i, Simd::fzero());
+}
+
+// One token, two row blocks at a time from the halves of the range: a core reads two streams faster than one.
+int linear_pairs(const Linear& call, const Tiles& tiles, const Tiles& low_rank, int begin, int end) {
+  const int stride = (end - begin) / 2;
+  fetch_first(*call.weight, begin + stride);
+  for (int block = begin; block < begin + stride; ++block) {
+    alignas(64) float out[2 * kRows];
+    clear(out, 2 * kRows);
+    tiles.pair(*call.weight, call.x, block, stride, 0, out);
+    for (int i = 0; i < 2; ++i) {
+      const int at = block + i * stride;
+      if (call.low_rank) low_rank.one(*call.low_rank, call.sums, at, 0, 0, out + i * kRows);
+      finish(call, at * kRows, kRows, 0, out + i * kRows);
+    }
+  }
+  return begin + 2 * stride;
+}
+
 void linear_blocks(const Linear& call, const Tiles& tiles, const Tiles& low_rank, int begin, int end) {
-  for (int i = 0; i < kPrefetch; i += 64) Simd::prefetch(call.weight->data + begin * call.weight->block_bytes + i);  // tiles fetch what follows
+  fetch_first(*call.weight, begin);
+  if (call.x.tokens == 1 && tiles.pair) begin = linear_pairs(call, tiles, low_rank, begin, end);
   for (int block = begin; block < end; ++block)
     for (int t = 0; t < call.x.tokens;) {
       const int left = call.x.tokens - t;
       const int n = left >= 8 && tiles.eight ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
       alignas(64) float out[8 * kRows];
-      for (int i = 0; i < n * kRows; i += Simd::kLanes) Simd::fstore(out + i, Simd::fzero());
+      clear(out, n * kRows);
       const auto run = [&](const Tiles& k, const Weight& w, const Activations& a) {
-        (n == 8 ? k.eight : n == 4 ? k.four : n == 2 ? k.two : k.one)(w, a, block, t, out);
+        (n == 8 ? k.eight : n == 4 ? k.four : n == 2 ? k.two : k.one)(w, a, block, 0, t, out);
       };
       run(tiles, *call.weight, call.x);
       if (call.low_rank) run(low_rank, *call.low_rank, call.sums);

@@ -88,7 +88,7 @@ void LinearStep::fill(const Weight& w, const Input& in, const char* x, Dtype dty
   float* scales = in.a.scales + t * in.a.groups;
   if (in.path != Path::floats) {
     int8_t* out = in.a.tile ? reinterpret_cast<int8_t*>(row + columns) : in.a.quantised + t * columns;
-    const bool as_unsigned = in.path == Path::int8 ? kernels_->unsigned_x : in.path == Path::panels && kernels_->unsigned_panels(w.format);
+    const bool as_unsigned = in.path != Path::tiles && kernels_->unsigned_x(w.format);
     kernels_->quantise(row, columns, w.group, weight_factor(w.format), as_unsigned, out, scales);
     if (in.a.tile) scatter(in.a.quantised, columns, in.a.tile, t, out);
     return;

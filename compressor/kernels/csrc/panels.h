@@ -11,11 +11,6 @@ namespace {
 
 constexpr int kPanelTokens = 128;
 constexpr int kUnpackedBytes = 512;  // of a chunk, at most
-#ifdef HW_VNNI
-constexpr bool kShortSums = false;
-#else
-constexpr bool kShortSums = true;
-#endif
 
 // Sums of T tokens' products with the weights of one register. Short ones stay in 16 bits until flush().
 template <int T, bool is_short> struct PanelSums {
@@ -38,24 +33,16 @@ template <int T, bool is_short> struct PanelSums {
       for (int t = 0; t < T; ++t) acc[t] = Simd::add(acc[t], _mm256_madd_epi16(pairs[t], _mm256_set1_epi16(16))), pairs[t] = Simd::zero();
   }
 };
-template <class Values> constexpr bool kShort = kShortSums && is_int4(Values::kFormat);
-
-// A register of weights as add() wants it: int4 ones come in the upper half of their bytes.
-template <class Values> HW_INLINE Int panel_weights(Int w) {
-  if constexpr (!kShort<Values>) return w;
-  const Int nibbles = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
-  return Simd::shuffle(nibbles, Simd::shr<4>(w));
-}
 
 // 2:4: for each of a chunk's four products, 64 bytes that say which activations, and 64 of weights.
 template <class Values> struct SparsePanel {
   static constexpr Format kFormat = Values::kFormat;
-  static constexpr bool kIsShort = kShort<Values>;
+  static constexpr bool kIsShort = is_short(Values::kFormat);
   static constexpr int kProducts = 4, kBytes = kProducts * 128;
   template <int half, int h> static HW_INLINE void unpack_slot(const uint8_t* p, Int meta, uint8_t* out) {
     out += 128 * (2 * half + h);
     Simd::store(out, Simd::and_or(Simd::shr<4 * half + 2 * h>(meta), Simd::set1(0x03030303), Simd::set1(0x0c080400)));
-    Simd::store(out + 64, panel_weights<Values>(Values::template slot<half, h>(p)));
+    Simd::store(out + 64, Values::template slot<half, h>(p));
   }
   static HW_INLINE void unpack(const uint8_t* p, uint8_t* out) {
     const Int meta = Simd::load(p);
@@ -81,10 +68,10 @@ template <class Values> struct SparsePanel {
 // Every column: for each of a chunk's eight products, 64 bytes of weights.
 template <class Values> struct DensePanel {
   static constexpr Format kFormat = Values::kFormat;
-  static constexpr bool kIsShort = kShort<Values>;
+  static constexpr bool kIsShort = is_short(Values::kFormat);
   static constexpr int kProducts = 8, kBytes = kProducts * 64;
   template <int i> static HW_INLINE void unpack_from(const uint8_t* p, uint8_t* out) {
-    Simd::store(out + 64 * i, panel_weights<Values>(Values::template unit<i>(p)));
+    Simd::store(out + 64 * i, Values::template unit<i>(p));
     if constexpr (i + 1 < kProducts) unpack_from<i + 1>(p, out);
   }
   static HW_INLINE void unpack(const uint8_t* p, uint8_t* out) { unpack_from<0>(p, out); }
@@ -191,7 +178,7 @@ template <class P> void panel_blocks(const Linear& call, int begin, int end) {
       }
       if (call.low_rank)
         each(tokens, [&](int t, int n) {
-          (n == 4 ? low_rank.four : n == 2 ? low_rank.two : low_rank.one)(*call.low_rank, call.sums, block, token + t, out + t * kRows);
+          (n == 4 ? low_rank.four : n == 2 ? low_rank.two : low_rank.one)(*call.low_rank, call.sums, block, 0, token + t, out + t * kRows);
         });
       for (int t = 0; t < tokens; ++t) finish(call, block * kRows, kRows, token + t, out + t * kRows);
     }
@@ -204,12 +191,10 @@ void linear_panels(const Linear& call, int begin, int end) {
     default: return panel_blocks<DensePanel<Int4Values>>(call, begin, end);
   }
 }
-bool unsigned_panels(Format f) { return Simd::kUnsignedX || (kShortSums && is_int4(f)); }
 
 constexpr Kernels with_panels(Kernels k) {
   k.linear_panels = linear_panels;
   k.panel_tokens = 8;
-  k.unsigned_panels = unsigned_panels;
   return k;
 }
 

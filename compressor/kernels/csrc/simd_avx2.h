@@ -10,9 +10,11 @@ namespace {
 struct Simd {
   static constexpr int kBytes = 32, kLanes = 8, kTokens = 4, kFloatTokens = 4;
 #ifdef HW_VNNI
-  static constexpr bool kUnsignedX = true;
+  static constexpr bool kUnsignedX = true, kShortInt4 = false;
+  static constexpr int kChains = 4;
 #else
-  static constexpr bool kUnsignedX = false;
+  static constexpr bool kUnsignedX = false, kShortInt4 = true;
+  static constexpr int kChains = 1;  // the last step of a product is an addition
 #endif
   using Int = __m256i;
   using Float = __m256;
@@ -86,6 +88,34 @@ struct Simd {
   }
   static HW_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };
+
+#ifndef HW_VNNI
+// Products of int4 weights -8 to 7 with unsigned activations, of T tokens: eight of them are added up in 16 bits, for
+// 8 * 2 * 255 * 8 < 2^15, and as many weights in 8. int4 weights count 16 times, as they do elsewhere.
+template <int T> struct ShortDots {
+  __m256i acc[T], pairs[T], sum, bytes;
+  HW_INLINE void clear() {
+    for (int t = 0; t < T; ++t) acc[t] = pairs[t] = Simd::zero();
+    sum = bytes = Simd::zero();
+  }
+  template <int unit> HW_INLINE void weigh(__m256i w) { bytes = _mm256_add_epi8(bytes, w); }
+  template <int unit> HW_INLINE void add(int t, __m256i x, __m256i w) {
+    pairs[t] = Simd::held(_mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(x, w)));
+  }
+  static HW_INLINE __m256i wide(__m256i shorts) { return _mm256_madd_epi16(shorts, _mm256_set1_epi16(16)); }
+  HW_INLINE __m256i wide_sum() const { return wide(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes)); }
+  HW_INLINE void flush() {
+    for (int t = 0; t < T; ++t) acc[t] = Simd::add(acc[t], wide(pairs[t])), pairs[t] = Simd::zero();
+    sum = Simd::add(sum, wide_sum()), bytes = Simd::zero();
+  }
+  HW_INLINE void flush_once() {  // the only one after clear()
+    for (int t = 0; t < T; ++t) acc[t] = wide(pairs[t]);
+    sum = wide_sum();
+  }
+  HW_INLINE __m256i offset() const { return Simd::shl<7>(sum); }
+  HW_INLINE __m256i total(int t) const { return acc[t]; }
+};
+#endif
 
 }  // namespace
 }  // namespace halfweight

@@ -14,6 +14,8 @@ struct Simd {
 #else
   static constexpr bool kUnsignedX = false;
 #endif
+  static constexpr bool kShortInt4 = false;
+  static constexpr int kChains = 4;
   using Int = __m512i;
   using Float = __m512;
 

@@ -9,7 +9,8 @@ namespace {
 
 struct Simd {
   static constexpr int kBytes = 16, kLanes = 4, kTokens = 4, kFloatTokens = 4;
-  static constexpr bool kUnsignedX = false;
+  static constexpr bool kUnsignedX = false, kShortInt4 = false;
+  static constexpr int kChains = 4;
   using Int = uint32x4_t;
   using Float = float32x4_t;
 

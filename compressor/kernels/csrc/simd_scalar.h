@@ -7,7 +7,8 @@ namespace {
 
 struct Simd {
   static constexpr int kBytes = 16, kLanes = 4, kTokens = 4, kFloatTokens = 4;
-  static constexpr bool kUnsignedX = false;
+  static constexpr bool kUnsignedX = false, kShortInt4 = false;
+  static constexpr int kChains = 4;
   typedef uint32_t Int __attribute__((vector_size(16)));
   typedef int32_t Signed __attribute__((vector_size(16)));
   typedef float Float __attribute__((vector_size(16)));
