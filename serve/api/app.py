@@ -18,7 +18,7 @@ from starlette.requests import Request
 
 from serve.api import schema
 from serve.api.chat import ChatCompletion, render
-from serve.api.completions import Completion
+from serve.api.completions import Answer, Completion, collect, size
 from serve.api.encoder_schema import ClassificationRequest, EmbeddingRequest
 from serve.api.encoders import add_classify_route, add_embeddings_route
 from serve.api.errors import APIError, bad_request, error_body, unavailable
@@ -41,7 +41,7 @@ class Generation(Protocol):
     """A request that the engine answers: /v1/completions and /v1/chat/completions."""
 
     async def submit(self) -> EngineRequest: ...
-    async def answer(self, request: EngineRequest) -> dict[str, Any]: ...
+    def whole(self, answers: list[Answer]) -> dict[str, Any]: ...
     def chunks(self, request: EngineRequest) -> AsyncGenerator[dict[str, Any]]: ...
 
 
@@ -207,10 +207,11 @@ async def _generate(state: ServerState, http: Request, generation: Generation, s
     if stream:
         return EventStream(state, generation.chunks(request), lambda: state.forget(request))
     try:
-        answer = await state.while_connected(http, generation.answer(request))
+        answers = await state.while_connected(http, collect(state, request))
     finally:
         state.forget(request)
-    return Response(to_json(answer), media_type="application/json")
+    content = await state.aside(size(answers), lambda: to_json(generation.whole(answers)))
+    return Response(content, media_type="application/json")
 
 
 def _add_token_routes(app: FastAPI, state: ServedModel) -> None:

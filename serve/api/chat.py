@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
-from serve.api.completions import Answer, Json, finite, usage
+from serve.api.completions import Answer, Json, chunk_usage, finite, usage
 from serve.api.errors import bad_request
 from serve.api.schema import ChatCompletionRequest, ChatMessage
 from serve.api.state import ServedModel, ServerState, new_id
@@ -53,10 +53,7 @@ class ChatCompletion:
         [tokens] = await self.state.encode([text], add_special_tokens=False)
         return tokens
 
-    async def answer(self, request: Request) -> Json:
-        answers = [Answer() for _ in range(request.num_answers)]
-        async for index, output in self.state.engine.outputs(request):
-            answers[index].add(output)
+    def whole(self, answers: list[Answer]) -> Json:
         choices = [
             {
                 "index": index,
@@ -72,17 +69,17 @@ class ChatCompletion:
     async def chunks(self, request: Request) -> AsyncGenerator[Json]:
         answers = [Answer() for _ in range(request.num_answers)]
         options = self.body.stream_options
-        with_usage = options is not None and bool(options.include_usage)
-        tail: Json = {"usage": None} if with_usage else {}
         async for index, output in self.state.engine.outputs(request):
-            if answers[index].num_prompt == 0:
-                yield self._chunk(index, {"role": "assistant", "content": ""}) | tail
+            first = answers[index].num_prompt == 0
             answers[index].add(output)
+            tail = chunk_usage(options, answers, self.params.n)
+            if first:
+                yield self._chunk(index, {"role": "assistant", "content": ""}) | tail
             if output.text or output.logprobs:
                 yield self._chunk(index, {"content": output.text}, self._logprobs(list(output.logprobs))) | tail
             if output.finish_reason is not None:
                 yield self._chunk(index, {}, None, output) | tail
-        if with_usage:
+        if options is not None and options.include_usage:
             yield self._body("chat.completion.chunk", []) | {"usage": usage(answers, self.params.n)}
 
     def _chunk(self, index: int, delta: Json, logprobs: Json | None = None, end: StepOutput | None = None) -> Json:

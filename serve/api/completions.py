@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from serve.api.errors import bad_request
-from serve.api.schema import CompletionRequest
+from serve.api.schema import CompletionRequest, StreamOptions
 from serve.api.state import ServerState, new_id
 from serve.engine.async_engine import Request
 from serve.engine.llm_engine import StepOutput
@@ -41,6 +42,21 @@ class Answer:
         self.num_cached = output.num_cached
 
 
+async def collect(state: ServerState, request: Request) -> list[Answer]:
+    """All answers, complete."""
+    answers = [Answer() for _ in range(request.num_answers)]
+    async for index, output in state.engine.outputs(request):
+        if output.prompt_logprobs is not None:
+            answers[index].logprobs += output.prompt_logprobs
+        answers[index].add(output)
+    return answers
+
+
+def size(answers: list[Answer]) -> int:
+    """Log-probabilities in them, more or less."""
+    return sum(1 if one is None else 1 + len(one.top) for answer in answers for one in answer.logprobs)
+
+
 def usage(answers: list[Answer], n: int) -> Json:
     """Tokens read and written; a prompt counts once, however many answers it has."""
     prompt = sum(answer.num_prompt for answer in answers[::n])
@@ -51,6 +67,13 @@ def usage(answers: list[Answer], n: int) -> Json:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(answer.num_cached for answer in answers[::n])},
     }
+
+
+def chunk_usage(options: StreamOptions | None, answers: list[Answer], n: int) -> Json:
+    """What a chunk says of usage: nothing, null before the last, or what has been used so far."""
+    if options is None or not options.include_usage:
+        return {}
+    return {"usage": usage(answers, n) if options.continuous_usage_stats else None}
 
 
 class Completion:
@@ -84,20 +107,14 @@ class Completion:
             return await self.state.encode(given, self.body.add_special_tokens is not False)
         return given
 
-    async def answer(self, request: Request) -> Json:
-        answers = [Answer() for _ in range(request.num_answers)]
-        async for index, output in self.state.engine.outputs(request):
-            if output.prompt_logprobs is not None:
-                answers[index].logprobs += output.prompt_logprobs
-            answers[index].add(output)
+    def whole(self, answers: list[Answer]) -> Json:
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         return self._body(choices) | {"usage": usage(answers, self.params.n)}
 
     async def chunks(self, request: Request) -> AsyncGenerator[Json]:
         answers = [Answer() for _ in range(request.num_answers)]
         offsets = [0] * len(answers)
-        with_usage = self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
-        tail: Json = {"usage": None} if with_usage else {}
+        options = self.body.stream_options
         async for index, output in self.state.engine.outputs(request):
             answer, text = answers[index], output.text
             shown: list[TokenLogprobs | None] = list(output.logprobs)
@@ -111,10 +128,11 @@ class Completion:
                 continue
             choice = self._choice(index, text, output.finish_reason, output.stop_reason)
             if self.params.logprobs is not None:
-                choice["logprobs"] = legacy_logprobs(self.state.tokenizer, tokens, shown, offsets[index])
+                told = partial(legacy_logprobs, self.state.tokenizer, tokens, shown, offsets[index])
+                choice["logprobs"] = await self.state.aside(len(tokens) * (1 + self.params.logprobs), told)
                 offsets[index] += len(text)
-            yield self._body([choice]) | tail
-        if with_usage:
+            yield self._body([choice]) | chunk_usage(options, answers, self.params.n)
+        if options is not None and options.include_usage:
             yield self._body([]) | {"usage": usage(answers, self.params.n)}
 
     def _whole_choice(self, index: int, answer: Answer) -> Json:

@@ -111,8 +111,11 @@ async def _inputs(state: EncoderState, body: EncoderRequest, given: Given) -> li
     """What the encoder reads, one for each text, pair, or list of tokens."""
     items: list[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
     limit = _limit(state, body)
+    texts = [text for item in items for text in ([item] if isinstance(item, str) else item) if isinstance(text, str)]
+    if texts and limit is None:
+        state.check_length(texts)
     try:
-        return await asyncio.to_thread(lambda: [_input(state, body, item, limit) for item in items])
+        return await state.aside(sum(map(len, texts)), lambda: [_input(state, body, item, limit) for item in items])
     except ValueError as error:
         raise bad_request(str(error), "truncate_prompt_tokens") from None
 
@@ -135,6 +138,9 @@ def _input(
         tokens: list[Any] = item if limit is None else item[:limit] if side == "right" else item[-limit:]
         return EncoderInput(tokens, [0] * len(tokens))
     texts: list[Any] = [item] if isinstance(item, str) else item
+    if limit is not None:  # what is far behind the cut need not be read
+        most = state.max_characters
+        texts = [text[:most] if side == "right" else text[-most:] for text in texts]
     special = body.add_special_tokens is not False
     ids, types = state.tokenizer.encode_typed(*texts, add_special_tokens=special, max_length=limit, side=side)
     return EncoderInput(ids, types)

@@ -26,13 +26,15 @@ class Limits:
         max_body_bytes: of a request's body.
         read_timeout: seconds in which a body must have arrived.
         request_timeout: seconds in which an answer must be complete.
-        compile_timeout: seconds in which a schema must be compiled, waiting for others included.
+        compile_timeout: seconds in which a schema must be compiled.
+        compile_wait: seconds that it may wait until others are.
     """
 
     max_body_bytes: int = 8 * 2**20
     read_timeout: float = 30.0
     request_timeout: float = 600.0
     compile_timeout: float = 5.0
+    compile_wait: float = 30.0
 
 
 class Gate:
@@ -49,22 +51,25 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        self.num_open += 1  # before the body is there: a draining server waits for it
+        try:
+            await self._serve(scope, receive, send)
+        finally:
+            self.num_open -= 1
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._check_key(scope)
             self._check_draining(scope)
             body = await self._read_body(scope, receive)
         except APIError as error:
-            if error.status in (408, 413):  # the rest of the body is not worth reading
+            if _has_body(scope):  # what has not come of it is not worth reading
                 error.headers["Connection"] = "close"
             await error.response()(scope, receive, send)
-            return
         except _GoneError:
-            return
-        self.num_open += 1
-        try:
+            pass
+        else:
             await self.app(scope, _replay(body, receive), send)
-        finally:
-            self.num_open -= 1
 
     def _check_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] in OPEN_ROUTES:
@@ -93,6 +98,11 @@ class Gate:
                 return await _receive_all(receive, limit)
         except TimeoutError:
             raise APIError(408, "the request body did not arrive in time", code="request_timeout") from None
+
+
+def _has_body(scope: Scope) -> bool:
+    headers = dict(scope["headers"])
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
 
 
 class _GoneError(Exception):

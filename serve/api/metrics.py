@@ -66,9 +66,10 @@ class Metrics:
 
     def forget(self, request: Request) -> None:
         """The request ended before its answers did."""
+        self._finished["abort"] += request.unfinished
+        request.unfinished = 0
         for seq_id in request.seq_ids:
-            if self._latest.pop(seq_id, None) is not None:
-                self._finished["abort"] += 1
+            self._latest.pop(seq_id, None)
 
     def render(self) -> str:
         engine, stats = self._engine.engine, self._engine.engine.stats
@@ -93,7 +94,7 @@ class Metrics:
             "vllm:inter_token_latency_seconds": self.inter_token_latency,
             "vllm:e2e_request_latency_seconds": self.request_latency,
         }
-        return _text(self._labels, values, self._finished, ("stop", "length", "abort"), histograms)
+        return _text(self._labels, values, self._finished, ("stop", "length", "abort", "error"), histograms)
 
 
 class EncoderMetrics:

@@ -7,7 +7,7 @@ import contextlib
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -26,9 +26,8 @@ from serve.engine.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-# Texts that are shorter together are tokenized on the spot, and fewer tokens turned into text; more in a worker
-# thread, so that others are served meanwhile.
-SHORT_TEXT = 4096
+# Fewer characters, tokens or log-probabilities are worked on on the spot, more in a worker thread.
+SMALL = 4096
 GRAMMAR = "invalid_schema"
 TOO_LONG = "context_length_exceeded"
 
@@ -63,6 +62,7 @@ class ServedModel(ABC):
     folder_name: str = ""
     ready: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+    _large: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     @abstractmethod
@@ -85,22 +85,41 @@ class ServedModel(ABC):
                 code="model_not_found",
             )
 
-    async def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+    @property
+    def max_characters(self) -> int:
+        """No longer text fits into the model."""
+        return self.max_model_len * self.tokenizer.longest_token
+
+    def check_length(self, texts: list[str]) -> None:
         longest = max(map(len, texts))
-        if longest > self.max_model_len * self.tokenizer.longest_token:
+        if longest > self.max_characters:
             raise bad_request(
                 f"the prompt has {longest} characters and cannot fit into {self.max_model_len} tokens", code=TOO_LONG
             )
 
-        def work() -> list[list[int]]:
-            return [self.tokenizer.encode(text, add_special_tokens) for text in texts]
-
-        return work() if sum(map(len, texts)) < SHORT_TEXT else await asyncio.to_thread(work)
+    async def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        self.check_length(texts)
+        size = sum(map(len, texts))
+        return await self.aside(size, lambda: [self.tokenizer.encode(text, add_special_tokens) for text in texts])
 
     async def decode(self, tokens: list[int]) -> str:
-        if len(tokens) < SHORT_TEXT:
-            return self.tokenizer.decode(tokens, skip_special_tokens=False)
-        return await asyncio.to_thread(self.tokenizer.decode, tokens, skip_special_tokens=False)
+        return await self.aside(len(tokens), lambda: self.tokenizer.decode(tokens, skip_special_tokens=False))
+
+    async def aside(self, size: int, work: Callable[[], T]) -> T:
+        """`work`'s result. What is not small is done in a worker thread, so that others are served meanwhile: one at a
+        time, whether its client still waits or not, so that a crowd of large ones takes one processor and no more.
+        """
+        if size < SMALL:
+            return work()
+        await self._large.acquire()
+        running = asyncio.ensure_future(asyncio.to_thread(work))
+        running.add_done_callback(self._end_large)
+        return await asyncio.shield(running)
+
+    def _end_large(self, done: asyncio.Future[Any]) -> None:
+        self._large.release()
+        if not done.cancelled():
+            done.exception()  # seen, even where nobody waits any more
 
     async def while_connected(self, http: HTTPRequest, work: Coroutine[Any, Any, T]) -> T:
         """`work`'s result; it is cancelled when the client hangs up or the time is over."""
@@ -154,13 +173,24 @@ class ServerState(ServedModel):
         """`wanted` compiled, within the limits."""
         if wanted is None:
             return None
+        grammars = self.engine.engine.grammars
+        known = grammars.cached(wanted)
+        if known is not None:
+            return known
         try:
-            async with asyncio.timeout(self.limits.compile_timeout), self._compiling:
-                return await self.engine.engine.grammars.compile_untrusted(wanted)
+            async with asyncio.timeout(self.limits.compile_wait):
+                await self._compiling.acquire()
+        except TimeoutError:
+            raise too_many(f"many a {wanted.kind} is being compiled; try again later") from None
+        try:
+            async with asyncio.timeout(self.limits.compile_timeout):
+                return await grammars.compile_untrusted(wanted)
         except TimeoutError:
             raise bad_request(f"the {wanted.kind} cannot be used: {TOO_SLOW}", code=GRAMMAR) from None
         except GrammarError as error:
             raise bad_request(str(error), code=GRAMMAR) from None
+        finally:
+            self._compiling.release()
 
     def submit(self, prompts: list[list[int]], params: SamplingParams) -> Request:
         """Queue a request, or say as HTTP why not."""

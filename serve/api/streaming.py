@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import Any
 
 from pydantic_core import to_json
@@ -59,7 +60,8 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         async with contextlib.aclosing(self._chunks) as chunks:
             async for chunk in chunks:
-                await self._write(send, event(chunk))
+                written = await self._state.aside(_size(chunk), partial(event, chunk))
+                await self._write(send, written)
         await self._write(send, DONE)
 
     async def _keep_alive(self, send: Send) -> None:
@@ -76,6 +78,12 @@ class EventStream(Response):
 
 def event(chunk: Chunk) -> bytes:
     return b"data: " + to_json(chunk) + b"\n\n"
+
+
+def _size(chunk: Chunk) -> int:
+    """Log-probabilities in it, of each token up to 20 or so; many only where a prompt is echoed."""
+    told = (choice.get("logprobs") for choice in chunk["choices"])
+    return sum(20 * len(one.get("tokens", ())) for one in told if one)
 
 
 def _failure(error: Exception) -> Chunk:

@@ -63,6 +63,10 @@ class Request:
     seq_ids: list[int] = field(default_factory=list)
     closed: bool = False
     arrival: float = field(default_factory=time.perf_counter)
+    unfinished: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unfinished = self.num_answers
 
     @property
     def num_answers(self) -> int:
@@ -150,7 +154,7 @@ class AsyncEngine:
         """Free whatever `request` still holds."""
         if request in self._open:
             self._open.discard(request)
-            self._unanswered -= request.num_answers
+            self._unanswered -= request.unfinished
             request.closed = True
             self._commands.put(lambda: self._abort(request))
 
@@ -216,5 +220,10 @@ class AsyncEngine:
             if request.closed:
                 continue
             request.outputs.put(item)
-            if self.on_output is not None and not isinstance(item, Exception):
+            if isinstance(item, Exception):
+                continue
+            if item[1].finish_reason is not None:
+                request.unfinished -= 1
+                self._unanswered -= 1
+            if self.on_output is not None:
                 self.on_output(request, item[1])

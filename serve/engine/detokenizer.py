@@ -83,10 +83,10 @@ class TextStream:
         self._held = ""
         self.stopped_by: str | None = None
 
-    def push(self, token: int) -> str:
-        """The text that may be shown now that `token` came."""
+    def push(self, token: int, may_stop: bool = True) -> str:
+        """The text that may be shown now that `token` came, which may not stop it while too little is written."""
         piece = self._pieces.push(token)
-        return self._release(piece) if piece and self._stop else piece
+        return self._release(piece) if piece and self._stop and may_stop else piece
 
     def finish(self) -> str:
         """The text still held back when no more tokens come; bytes that never became a character show as U+FFFD."""

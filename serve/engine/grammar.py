@@ -81,9 +81,13 @@ class GrammarCompiler:
     async def compile_untrusted(self, wanted: Constraint) -> Grammar:
         """`compile`, but first in a process of its own, which ends when that takes too long or nobody waits for it."""
         _check_size(wanted)
-        if wanted not in self._cache:
+        if self.cached(wanted) is None:
             await _try(wanted)
         return await asyncio.to_thread(self.compile, wanted)
+
+    def cached(self, wanted: Constraint) -> Grammar | None:
+        """The grammar, where it has been compiled not long ago."""
+        return self._cache.get(wanted)
 
     def compile(self, wanted: Constraint) -> Grammar:
         """The grammar of texts that keep to `wanted`; GrammarError says what is wrong with it."""

@@ -330,12 +330,13 @@ class LLMEngine:
         stop_reason: str | int | None = None
         text = ""
         reason: str | None = None
-        if ends and seq.num_generated > params.min_tokens:
+        enough = seq.num_generated > params.min_tokens
+        if ends and enough:
             reason = "stop"
             stop_reason = sampled.token if sampled.token in params.stop_token_ids else None
-            text = stream.finish() if params.skip_special_tokens else stream.push(sampled.token) + stream.finish()
+            text = (stream.push(sampled.token) if params.include_stop_str_in_output else "") + stream.finish()
         else:
-            text = stream.push(sampled.token)
+            text = stream.push(sampled.token, may_stop=enough)
             if stream.stopped_by is not None:
                 reason, stop_reason = "stop", stream.stopped_by
             elif sampled.complete or self._is_full(seq):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.api import parsing
+from serve.api import completions, parsing
 from serve.api.app import build_app
 from serve.api.limits import Gate, Limits
 from serve.api.metrics import Metrics
 from serve.api.state import ServerState
 from serve.engine.async_engine import AsyncEngine
 from serve.engine.llm_engine import LLMEngine
+from serve.engine.sampling_params import SamplingParams
 from serve.engine.tokenizer import Tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, "temperature": 0, "ignore_eos": True}
@@ -112,6 +114,14 @@ def test_stream_joins_to_the_whole_answer(engine: LLMEngine) -> None:
     assert text == whole["choices"][0]["message"]["content"]
     assert [part["choices"][0]["finish_reason"] for part in parts if part["choices"][0]["finish_reason"]] == ["length"]
     assert len({part["id"] for part in [*parts, last]}) == 1
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
+def test_usage_in_every_chunk(engine: LLMEngine, path: str, body: dict[str, Any]) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *parts, last = chunks_of(ask(engine, path, body | {"stream": True, "stream_options": options}))
+    counts = [part["usage"]["completion_tokens"] for part in parts]
+    assert counts == sorted(counts) and counts[0] < 5 and counts[-1] == last["usage"]["completion_tokens"] == 5
 
 
 def test_stream_without_usage_has_no_usage(engine: LLMEngine) -> None:
@@ -224,6 +234,18 @@ def test_templates_may_mark_what_the_model_writes(tiny_folder: Callable[[str], P
     assert tokenizer.render_chat([{"role": "user", "content": text} for text in "ab"]) == "a<|im_end|>\nb<|im_end|>\n"
 
 
+def test_templates_write_json_as_transformers_does(tiny_folder: Callable[[str], Path]) -> None:
+    tokenizer = Tokenizer.from_folder(tiny_folder("llama"))
+    tokenizer.chat_template = (
+        "{{ messages[0] | tojson }}|{{ messages[0] | tojson(separators=(',', ':'), sort_keys=true) }}"
+        "|{{ messages[0].content | tojson(ensure_ascii=true) }}|{{ [1] | tojson(indent=1) }}"
+    )
+    written = tokenizer.render_chat([{"role": "user", "content": "<ö>"}])
+    assert written.split("|") == [
+        '{"role": "user", "content": "<ö>"}', '{"content":"<ö>","role":"user"}', r'"<\u00f6>"', "[\n 1\n]",
+    ]  # fmt: skip
+
+
 def test_stop_string_ends_the_text(engine: LLMEngine) -> None:
     body = TEXT | {"max_tokens": 30}
     text = ask(engine, "/v1/completions", body).json()["choices"][0]["text"]
@@ -232,6 +254,19 @@ def test_stop_string_ends_the_text(engine: LLMEngine) -> None:
     assert choice["text"] == text[: text.index(stop)]
     assert choice["finish_reason"] == "stop"
     assert choice["stop_reason"] == stop
+    [later] = ask(engine, "/v1/completions", body | {"stop": text[0], "min_tokens": 10}).json()["choices"]
+    assert later["text"].startswith(text[0]) and len(later["text"]) > 1
+
+
+def test_the_token_that_ends_an_answer_shows_where_stop_strings_do(engine: LLMEngine) -> None:
+    written = ask(engine, "/v1/completions", TEXT | {"logprobs": 0}).json()["choices"][0]["logprobs"]["tokens"]
+    [end] = ask(engine, "/tokenize", {"prompt": written[3], "add_special_tokens": False}).json()["tokens"]
+    count = written.index(written[3])
+    body = TEXT | {"stop_token_ids": [end]}
+    for more, texts in (({}, written[:count]), ({"include_stop_str_in_output": True}, written[: count + 1])):
+        for special in (True, False):
+            [choice] = ask(engine, "/v1/completions", body | more | {"skip_special_tokens": special}).json()["choices"]
+            assert (choice["text"], choice["stop_reason"]) == ("".join(texts), end)
 
 
 def test_long_work_is_done_beside_the_event_loop(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +292,35 @@ def test_long_work_is_done_beside_the_event_loop(engine: LLMEngine, monkeypatch:
         assert ask(engine, path, body).status_code == 200
         assert threading.main_thread() not in threads[1:]  # the first reads the body
     assert threading.main_thread() not in threads
+    monkeypatch.undo()
+    monkeypatch.setattr(completions, "legacy_logprobs", noting(completions.legacy_logprobs))
+    for stream in (False, True):
+        threads.clear()
+        scored = TEXT | {"prompt": [7] * 400, "echo": True, "logprobs": 20, "max_tokens": 0, "stream": stream}
+        assert ask(engine, "/v1/completions", scored).status_code == 200
+        assert threads and threading.main_thread() not in threads
+
+
+def test_large_work_waits_for_its_turn_and_small_does_not(engine: LLMEngine) -> None:
+    running: list[int] = []
+
+    def work() -> int:
+        running.append(1)
+        assert len(running) == 1
+        time.sleep(0.05)
+        running.pop()
+        return 5
+
+    async def go() -> None:
+        async with serving(engine) as client:
+            aside = client.state.aside
+            large = [asyncio.ensure_future(aside(10**6, work)) for _ in range(4)]
+            await asyncio.sleep(0.01)
+            large[0].cancel()  # its client hung up; the work itself goes on
+            assert await aside(1, lambda: 7) == 7 and running
+            assert await asyncio.gather(*large[1:]) == [5, 5, 5]
+
+    asyncio.run(go())
 
 
 BAD_BODIES = [
@@ -392,6 +456,13 @@ def test_schema_that_takes_too_long_to_compile_is_400_and_the_next_is_served(eng
             client.state.limits.compile_timeout = 5.0
             quick = CHAT | {"structured_outputs": {"json": {"const": 1}}}
             assert (await client.post("/v1/chat/completions", json=quick)).status_code == 200
+            client.state.limits.compile_timeout, client.state.limits.compile_wait = 0.01, 0.01
+            async with client.state._compiling:  # others are compiled, for longer than one may wait
+                assert (await client.post("/v1/chat/completions", json=quick)).status_code == 200  # is known
+                new = CHAT | {"structured_outputs": {"json": {"const": 2}}}
+                refused = await client.post("/v1/chat/completions", json=new)
+                assert_error(refused, 429, "queue_full")
+                assert int(refused.headers["retry-after"]) > 0
 
     asyncio.run(go())
 
@@ -475,6 +546,19 @@ def test_large_bodies_are_413(engine: LLMEngine) -> None:
     asyncio.run(go())
 
 
+def test_a_connection_whose_body_is_not_read_ends(engine: LLMEngine) -> None:
+    """Or a client without the key could hold it for ever."""
+
+    async def go() -> None:
+        async with serving(engine, key="sesame") as client:
+            refused = await client.post("/v1/completions", json=TEXT)
+            assert_error(refused, 401)
+            assert refused.headers["connection"] == "close"
+            assert "connection" not in (await client.get("/v1/models")).headers
+
+    asyncio.run(go())
+
+
 def test_slow_bodies_are_408(engine: LLMEngine) -> None:
     async def dribble() -> AsyncIterator[bytes]:
         yield b"{"
@@ -500,6 +584,25 @@ def test_full_queue_is_429(engine: LLMEngine) -> None:
     for response in refused:
         assert_error(response, 429, "queue_full")
         assert int(response.headers["retry-after"]) > 0
+
+
+def test_finished_answers_make_room(engine: LLMEngine) -> None:
+    async def go() -> None:
+        async with serving(engine, max_queue=0) as client:
+            room = engine.max_num_seqs
+            wrapped = client.state.engine
+            long = wrapped.submit([[7]] * room, SamplingParams(max_tokens=2, ignore_eos=True))
+            ends = 0
+            async for _, output in wrapped.outputs(long):
+                ends += output.finish_reason is not None
+                if ends == room - 1:
+                    break
+            assert wrapped._unanswered <= 1
+            assert (await client.post("/v1/completions", json=TEXT)).status_code == 200
+            client.state.forget(long)
+            assert wrapped._unanswered == 0
+
+    asyncio.run(go())
 
 
 def test_more_answers_than_the_queue_holds_are_400(engine: LLMEngine) -> None:
@@ -528,6 +631,25 @@ def test_draining_refuses_new_work(engine: LLMEngine) -> None:
             assert_error(refused, 503, "shutting_down")
             assert "retry-after" in refused.headers
             assert (await client.get("/health")).status_code == 200
+            assert client.gate.num_open == 0
+
+    asyncio.run(go())
+
+
+def test_a_body_on_its_way_is_waited_for(engine: LLMEngine) -> None:
+    async def go() -> None:
+        async with serving(engine) as client:
+            gate, whole = client.gate, json.dumps(TEXT).encode()
+
+            async def pieces() -> AsyncIterator[bytes]:
+                yield whole[:5]
+                gate.draining = True
+                seen.append(gate.num_open)
+                yield whole[5:]
+
+            seen: list[int] = []
+            assert (await client.post("/v1/completions", content=pieces())).status_code == 200
+            assert seen == [1] and gate.num_open == 0
 
     asyncio.run(go())
 
@@ -591,7 +713,13 @@ def test_metrics_count(engine: LLMEngine) -> None:
     async def go() -> str:
         async with serving(engine) as client:
             await client.post("/v1/completions", json=TEXT)
-            return (await client.get("/metrics")).text
+            counts = (await client.get("/metrics")).text
+            gone = client.state.submit([[7], [8]], SamplingParams(max_tokens=50))
+            client.state.forget(gone)
+            client.state.forget(gone)
+            aborts = 'vllm:request_success_total{model_name="tiny",finished_reason="abort"} '
+            assert f"{aborts}0\n" in counts and f"{aborts}2\n" in (await client.get("/metrics")).text
+            return counts
 
     text = asyncio.run(go())
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))

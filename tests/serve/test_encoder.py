@@ -341,13 +341,15 @@ def test_inputs_of_every_kind(classifier: EncoderEngine) -> None:
     assert left == pytest.approx(probs("not the end and", add_special_tokens=False)[0], abs=1e-6)
     assert probs(ids, truncate_prompt_tokens=2)[0] == pytest.approx(probs(ids[:2])[0], abs=1e-6)
     long = "good " * 100
-    assert probs(long, truncate_prompt_tokens=-1)[0] == pytest.approx(probs("good " * (POSITIONS - 2))[0], abs=1e-6)
+    for text in (long, long * 1000):
+        assert probs(text, truncate_prompt_tokens=-1)[0] == pytest.approx(probs("good " * (POSITIONS - 2))[0], abs=1e-6)
 
 
 @pytest.mark.parametrize(
     ("body", "code"),
     [
         ({"input": "good " * 100}, "context_length_exceeded"),
+        ({"input": [["good", "good"], ["good", "good " * 100_000]]}, "context_length_exceeded"),
         ({"input": [1] * (POSITIONS + 1)}, "context_length_exceeded"),
         ({"input": "good", "truncate_prompt_tokens": POSITIONS + 1}, None),
         ({"input": "good", "truncate_prompt_tokens": 0}, None),
