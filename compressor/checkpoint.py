@@ -109,6 +109,11 @@ class Checkpoint:
         """Names of all stored tensors."""
         return sorted(self.shards)
 
+    def stored_name(self, name: str, body: str) -> str:
+        """The stored name of a model's tensor: hub files such as GPT-2's lack the name of the model's body in front."""
+        bare = name.removeprefix(f"{body}.")
+        return bare if name not in self.shards and bare in self.shards else name
+
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of a module, or None where its weight is stored plainly."""
         return self.quantization.scheme_of(module)

@@ -24,7 +24,7 @@ _EPILOG = """sub-commands:
   compress recipes          lists the recipes that come with halfweight
   compress doctor           which kernel each format would use on this machine
 
-every flag can be given by the environment too, for example HALFWEIGHT_RECIPE=ast-2of4-int4"""
+HALFWEIGHT_RECIPE, HALFWEIGHT_OUT, HALFWEIGHT_BUDGET and HALFWEIGHT_TASK in the environment stand in for those flags"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -127,15 +127,19 @@ def _compress(arguments: Sequence[str]) -> int:
 
 
 def _dry_run(model: str, recipe: Any, out: str, force: bool, low_memory: bool) -> int:
+    from compressor.interrupted import check_work_folder
     from compressor.models import fetch_model
     from compressor.output import OutputFolder
     from compressor.preflight import check, try_one_layer
     from compressor.recipe import check_streamable
+    from compressor.sparse_model import work_folder
 
     OutputFolder(out, force=force).check()
     if low_memory:
         check_streamable(recipe)
     plan = check(fetch_model(model), recipe, Path(out), low_memory=low_memory)
+    if not low_memory:
+        check_work_folder(work_folder(Path(out).absolute()), recipe, plan)
     formats = sorted({f"{s.format} (group {s.group_size})" for s in plan.schemes.values()})
     print(f"model      {model}: {plan.model_type}, {plan.parameters / 1e6:.1f} M parameters")
     print(f"layers     {len(plan.schemes)} packed: {', '.join(formats)}")

@@ -8,10 +8,13 @@ end-of-text token, and cut into blocks of equal length; nothing is padded.
 Shapes: N blocks, L tokens in a block.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import random
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +89,7 @@ def load_text(
         raise ValueError(
             f"text {source!r} has {len(ids)} tokens; a block takes {length}: give more text or a shorter length"
         )
-    blocks = torch.tensor(ids[: count * inside], dtype=torch.int64).view(count, inside)
+    blocks = torch.frombuffer(ids, dtype=torch.int32, count=count * inside).to(torch.int64).view(count, inside)
     blocks = torch.cat([torch.tensor([opening] * count, dtype=torch.int64).view(count, -1), blocks], dim=1)
     digest = hashlib.sha256("\0".join(documents[:used]).encode()).hexdigest()
     return TextBlocks(blocks, TextReport(source, used, blocks.numel(), digest, licence))
@@ -98,19 +101,26 @@ def opening_of(tokenizer: Tokenizer) -> list[int]:
     return first if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
 
 
-def _tokenize(documents: list[str], tokenizer: Tokenizer, max_tokens: int | None) -> tuple[list[int], int]:
+def _tokenize(documents: list[str], tokenizer: Tokenizer, max_tokens: int | None) -> tuple[array[int], int]:
     """Ids of the documents, each closed by the end-of-text token, and how many documents were read."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
+    ids = array("i")
     batch = 64
     for start in range(0, len(documents), batch):
         encoded = tokenizer(documents[start : start + batch], add_special_tokens=False, verbose=False)
         for document in encoded["input_ids"]:
-            ids += document
-            ids += end
+            ids.extend(document)
+            ids.extend(end)
         if max_tokens is not None and len(ids) >= max_tokens:
             return ids[:max_tokens], min(start + batch, len(documents))
     return ids, len(documents)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source can only be a data set on the hub: no name of ours, nor of a file, and not on disk."""
+    path = Path(source).expanduser()
+    ours = source in NAMED or path.exists() or path.suffix in {*_READERS, ".txt"}
+    return not ours and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None
 
 
 def _documents(source: str, field: str, split: str, max_tokens: int | None) -> tuple[list[str], str]:
@@ -120,7 +130,7 @@ def _documents(source: str, field: str, split: str, max_tokens: int | None) -> t
     if path.is_file():
         read = _READERS.get(path.suffix, _read_text)
         documents, licence = list(read(path, field)), "unknown (local file)"
-    elif path.exists() or path.suffix in {*_READERS, ".txt"} or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    elif not is_hub_id(source):
         raise ValueError(f"text {source!r} is not a file; accepted is {ACCEPTED}")
     else:
         documents, licence = list(_read_hub(source, field, split, max_tokens)), "see the data set's card"
@@ -159,7 +169,7 @@ def _paragraph_groups(text: str, size: int = 4000) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_decode(path).splitlines(), start=1):
+    for number, line in enumerate(_decode(path).split("\n"), start=1):
         if line.strip():
             try:
                 record = json.loads(line)

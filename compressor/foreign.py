@@ -72,6 +72,11 @@ def _dense_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     marks = ("weight_packed", "weight_scale") if method == "compressed-tensors" else ("qweight",)
     modules = {name.rpartition(".")[0] for name in source.names() if name.rpartition(".")[2] in marks}
+    if not modules:
+        raise CheckpointError(
+            f"{source.folder} is quantised by {method} in a layout that is not read here: it has no tensor named "
+            f"{' or '.join(f'*.{mark}' for mark in marks)}. Give the dense model that it was made from."
+        )
     for module in sorted(modules):
         parts = {key: source.tensor(f"{module}.{key}") for key in _KEYS[method] if f"{module}.{key}" in source.shards}
         try:

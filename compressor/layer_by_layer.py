@@ -26,8 +26,8 @@ from compressor.calibration import HiddenStates, LayerStats, Residence, blocks_o
 from compressor.checkpoint import Checkpoint
 from compressor.data import TextBlocks
 from compressor.formats import make_format
-from compressor.models import block_linears, name_of, quiet_transformers
-from compressor.pipeline import choose_dense, round_block
+from compressor.models import auto_class, block_linears, name_of, quiet_transformers
+from compressor.pipeline import blocks_needed, choose_dense, round_block
 from compressor.preflight import Plan
 from compressor.pruning import score_mask
 from compressor.quantizers import NEED_HESSIAN
@@ -99,8 +99,7 @@ class BlocksOnDisk(Residence):
                     weight.mul_(masked(name, weight))
 
     def _read(self, name: str) -> Tensor:
-        bare = name.removeprefix(f"{self.model.base_model_prefix}.")  # as the hub's GPT-2 is stored
-        tensor = self.source.tensor(name if name in self.source.shards or bare not in self.source.shards else bare)
+        tensor = self.source.tensor(self.source.stored_name(name, self.model.base_model_prefix))
         self.source.close()  # pages of an open file count as memory
         dtype = self.model.config.dtype
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
@@ -125,10 +124,11 @@ def _give_back() -> None:
 def _without_weights(folder: Path) -> Any:
     """The model with parameters on the meta device and buffers, such as rotary frequencies, as they are."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with quiet_transformers(), init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
+        config = AutoConfig.from_pretrained(folder)
+        return auto_class(config).from_config(config).eval()
 
 
 @contextmanager
@@ -152,6 +152,19 @@ def packed_linears(
     choose_dense(disk.model, recipe, result, text, report, disk)
     stats = _prune(disk, recipe, result.plan, text, report)
     return _packed(disk, stats, recipe, result.plan, text, report)
+
+
+def scratch_bytes(model: Any, linears: Mapping[str, nn.Module], recipe: Recipe) -> int:
+    """Of the pruned blocks and hidden states that will wait on disk."""
+    if not recipe.uses_text:
+        return 0
+    itemsize = (model.config.dtype or torch.float32).itemsize
+    hidden = blocks_needed(recipe) * recipe.text.length * int(model.config.hidden_size) * itemsize
+    size = hidden if hidden > _LARGE_BYTES else 0
+    if recipe.sparsity is not None and recipe.sparsity.criterion in SOLVERS:
+        blocks = blocks_of(model, linears).values()
+        size += itemsize * sum(p.numel() for block in blocks for p in block.parameters())
+    return size
 
 
 def _hidden_bytes(plan: Plan, text: TextBlocks) -> int:

@@ -69,6 +69,11 @@ class MaskShape:
         if self.by_row:
             check_groups(in_features, self.n, self.m)
 
+    @property
+    def sparsity(self) -> float:
+        """The share that is dropped."""
+        return 1.0 - self.n / self.m if self.pruned is None else self.pruned
+
     def kept(self, entries: int) -> int:
         """How many entries of a layer are kept."""
         return entries // self.m * self.n if self.pruned is None else entries - math.floor(self.pruned * entries)

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from compressor.models import is_classifier
 from compressor.preflight import Plan
 from compressor.recipe import Recipe
 
@@ -17,17 +18,18 @@ def model_card(
     name: str, recipe: Recipe, plan: Plan, figures: Mapping[str, Any], text: Mapping[str, Any] | None
 ) -> str:
     """Markdown with the hub's YAML header."""
+    config = json.loads((plan.folder / "config.json").read_text())
+    classifies = plan.labels is not None or is_classifier(config.get("architectures"))
     header = {
         "base_model": name,
         "library_name": "halfweight",
-        "pipeline_tag": "text-generation" if plan.labels is None else "text-classification",
+        "pipeline_tag": "text-classification" if classifies else "text-generation",
         "tags": ["halfweight", "2:4", "sparsity", "quantization"],
     }
-    config = json.loads((plan.folder / "config.json").read_text())
     source = f" ({config['halfweight_source']})" if "halfweight_source" in config else ""
     formats = Counter(scheme.format for scheme in plan.schemes.values())
     patterns = Counter(map(str, plan.shapes.values()))
-    endpoint = "an OpenAI-compatible endpoint" if plan.labels is None else "offers POST /classify"
+    endpoint = "offers POST /classify" if classifies else "an OpenAI-compatible endpoint"
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False).strip(),

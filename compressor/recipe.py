@@ -74,7 +74,11 @@ def _pattern_text(value: Any) -> Any:
     return f"{value // 60}:{value % 60}" if isinstance(value, int) else value
 
 
-def _matches(targets: Iterable[str], name: str) -> bool:
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def matches(targets: Iterable[str], name: str) -> bool:
     """Whether one of the targets, names or `re:` patterns of a whole name, is this name."""
     return any(
         bool(re.fullmatch(target[3:], name)) if target.startswith("re:") else target == name for target in targets
@@ -108,11 +112,7 @@ class Sparsity(_Section):
     most this share of the weights."""
 
     _pattern = field_validator("pattern", mode="before")(_pattern_text)
-
-    @field_validator("keep_dense", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    _targets = field_validator("keep_dense", mode="before")(_one_or_several)
 
     @model_validator(mode="after")
     def _known(self) -> Sparsity:
@@ -263,6 +263,8 @@ class Recipe(_Section):
     overrides: tuple[Override, ...] = ()
     """What is different for some layers."""
 
+    _targets = field_validator("ignore", mode="before")(_one_or_several)
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         self._check_task()
@@ -331,16 +333,16 @@ class Recipe(_Section):
 
     def ignores(self, name: str) -> bool:
         """Whether a layer stays dense."""
-        return _matches(self.ignore, name)
+        return matches(self.ignore, name)
 
     def overridden(self, name: str, key: Literal["sparsity", "values", "group_size"]) -> Any:
         """What the overrides say of a layer, or None."""
-        said = (getattr(override, key) for override in self.overrides if _matches(override.layers, name))
+        said = (getattr(override, key) for override in self.overrides if matches(override.layers, name))
         return next((value for value in said if value is not None), None)
 
     def mask_shape(self, name: str) -> MaskShape | None:
         """The shape of a layer's mask, or None where it is not pruned."""
-        if self.sparsity is None or _matches(self.sparsity.keep_dense, name):
+        if self.sparsity is None or matches(self.sparsity.keep_dense, name):
             return None
         pattern = self.overridden(name, "sparsity") or self.sparsity.pattern
         return None if pattern == "dense" else MaskShape.parse(pattern)
@@ -491,7 +493,10 @@ def _apply(record: dict[str, Any], override: str) -> None:
         target = target[section]
         if not isinstance(target, dict):
             raise RecipeError(f"--set {override!r}: {section!r} is not a section")
-    target[last] = yaml.safe_load(value)
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override!r}: the value is not valid YAML; quote it: --set \"{key}='...'\"") from None
 
 
 def _sentence(problem: Any) -> str:

@@ -9,7 +9,7 @@ expressions (literals, `\\.` and `\\d+`), so that no checkpoint can stall or cra
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -175,8 +175,14 @@ class QuantizationConfig:
         )
 
     @classmethod
-    def from_schemes(cls, schemes: Mapping[str, Scheme], kv_cache_dtype: str | None = None) -> QuantizationConfig:
-        """Builds the shortest record for `schemes`: layers that differ only in their numbers share one `re:` target."""
+    def from_schemes(
+        cls, schemes: Mapping[str, Scheme], kv_cache_dtype: str | None = None, plain: Iterable[str] = ()
+    ) -> QuantizationConfig:
+        """Builds the shortest record for `schemes`: layers that differ only in their numbers share one `re:` target.
+
+        Args:
+            plain: modules that stay as they were; those that a target would match are ignored by name.
+        """
         by_shape: dict[str, dict[str, Scheme]] = {}
         for name, scheme in schemes.items():
             by_shape.setdefault(re.sub(r"\d+", r"\\d+", name.replace(".", r"\.")), {})[name] = scheme
@@ -189,7 +195,8 @@ class QuantizationConfig:
                 for name, scheme in members.items():
                     targets.setdefault(scheme, []).append(name)
         groups = {f"group_{i}": Group(tuple(names), scheme) for i, (scheme, names) in enumerate(targets.items())}
-        return cls(groups, kv_cache_dtype=kv_cache_dtype)
+        ignore = tuple(name for name in plain if any(group.matches(name) for group in groups.values()))
+        return cls(groups, ignore, kv_cache_dtype)
 
 
 def _parse_group(key: str, record: object) -> Group:

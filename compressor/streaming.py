@@ -22,7 +22,7 @@ from compressor.layer_by_layer import packed_linears, scratch_folder
 from compressor.masks import MaskShape
 from compressor.models import block_linears, fetch_model, skeleton
 from compressor.output import OutputFolder
-from compressor.pipeline import config_of, read_text, save_tensors
+from compressor.pipeline import config_of, read_text, save_tensors, tokens_needed
 from compressor.preflight import Plan, check
 from compressor.pruning import score_mask
 from compressor.quantizers import rtn
@@ -46,7 +46,7 @@ def compress_streaming(name: str, recipe: Recipe, out: str | Path, *, force: boo
     with OutputFolder(out, force=force) as output, scratch_folder(output.path) as scratch:
         folder = fetch_model(name)
         result = Result(output.path, check(folder, recipe, output.path, low_memory=True))
-        text = read_text(folder, recipe, result)
+        text = read_text(folder, recipe, result, tokens_needed(recipe, result.plan))
         linears = None if text is None else packed_linears(result, recipe, text, scratch, report)
         tensors = stored_tensors(result.plan, recipe, linears, report)
         save_tensors(tensors, config_of(skeleton(folder), result.plan), name, recipe, output, result)
@@ -66,7 +66,6 @@ def stored_tensors(
     """Every tensor of the checkpoint by its stored name; `linears` are those that calibration has packed."""
     source = Checkpoint.open(plan.folder)
     model = skeleton(plan.folder)
-    tied = "lm_head.weight" if model.config.tie_word_embeddings else None
     left = plan.schemes
     if linears is not None:
         yield from linears
@@ -77,14 +76,16 @@ def stored_tensors(
         turned = is_conv1d(model.get_submodule(name))
         shape = plan.shapes.get(name)
         whole = turned or not (shape is None or shape.by_row)
-        weights = _row_blocks(source, f"{name}.weight", whole)
+        weights = _row_blocks(source, source.stored_name(f"{name}.weight", model.base_model_prefix), whole)
         blocks = [_pack(name, rows.t() if turned else rows, scheme, shape, recipe) for rows in weights]
         for key in blocks[0]:
             yield f"{name}.{key}", torch.cat([block[key] for block in blocks])
         source.close()
-    for name in source.names():
-        if name.removesuffix(".weight") not in plan.schemes and name != tied:
-            tensor = source.tensor(name)
+    for name in model.state_dict():
+        stored = source.stored_name(name, model.base_model_prefix)
+        packed = name.removesuffix(".weight") in plan.schemes
+        if stored in source.shards and not packed and name not in model.all_tied_weights_keys:
+            tensor = source.tensor(stored)
             yield name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
             source.close()
 

@@ -108,7 +108,9 @@ def _import(
     for name, tensor in exported.plain(set(modules)):
         writer.add(name, tensor)
     if len(schemes) < len(modules):
-        config["quantization_config"] = QuantizationConfig.from_schemes(schemes, quantization.kv_cache_dtype).to_dict()
+        plain = [name for name in modules if name not in schemes]
+        packed = QuantizationConfig.from_schemes(schemes, quantization.kv_cache_dtype, plain)
+        config["quantization_config"] = packed.to_dict()
     writer.finish(config)
     return schemes
 

@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache, partial
 
 import torch
@@ -32,6 +33,8 @@ from compressor.retraining.shards import is_sharded
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 _BUCKET_BYTES = 25 << 20
+# The others wait while the first downloads a model or rebuilds its blocks; one that dies is noticed all the same.
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def join() -> tuple[int, int]:
         return 0, 1
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
     return state.process_index, state.num_processes
 
 

@@ -111,9 +111,13 @@ class LoopSettings:
             raise ValueError(f"distribution {self.distribution!r} given; accepted are {', '.join(STRATEGIES)}")
         if self.teacher_cache not in KINDS or self.teacher_top_k < 1:
             raise ValueError(f"teacher_cache {self.teacher_cache!r} given; accepted are {', '.join(KINDS)}")
+        if self.learning_rate <= 0 or self.final_rate < 0 or self.eps <= 0 or self.weight_decay < 0 or self.clip < 0:
+            raise ValueError("learning_rate and eps must be above 0; final_rate, weight_decay and clip not below")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} given; they must lie in [0, 1)")
         if self.rollbacks < 0 or self.explosion < 0 or self.keep_checkpoints < 1:
             raise ValueError("rollbacks and explosion must not be negative, keep_checkpoints be at least 1")
-        if self.batch < 1 or (self.micro_batch is not None and self.batch % self.micro_batch):
+        if self.batch < 1 or (self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch)):
             raise ValueError(f"batch {self.batch} must be a multiple of micro_batch {self.micro_batch}")
         if not 0 <= self.kl_weight <= 1 or self.temperature <= 0 or self.hidden_weight < 0:
             raise ValueError("kl_weight must lie in [0, 1], temperature be above 0 and hidden_weight not below")

@@ -146,8 +146,7 @@ class Pst:
         return wanted / final
 
     def _final_sparsity(self) -> float:
-        entries = 1 << 20
-        return 1.0 - self.shape.kept(entries) / entries
+        return self.shape.sparsity if self.structures is None else self.structures.pruned
 
     def before_step(self, step: int) -> dict[str, float]:
         """A new mask when it is time; the forward then sees M * W'."""
@@ -217,10 +216,11 @@ class Pst:
     @property
     def _grown(self) -> bool:
         """Whether the masks are final ones already: the last ones have been trained with, so they stay."""
-        return self.sparsity(float(self._spent)) >= 1.0 and all(
-            self.structures is not None or int(part.mask.sum()) == self.shape.kept(part.mask.numel())
-            for part in self.parts.values()
-        )
+        if self.sparsity(float(self._spent)) < 1.0:
+            return False
+        if self.structures is not None:
+            return all(int(self.parts[name].mask.sum()) == int(mask.sum()) for name, mask in self._masks(1.0))
+        return all(int(part.mask.sum()) == self.shape.kept(part.mask.numel()) for part in self.parts.values())
 
     def detach(self) -> None:
         """Take everything of the method off the model."""

@@ -29,6 +29,15 @@ def _alone() -> None:
     """One process waits for nobody."""
 
 
+def _remove(snapshot: Path) -> None:
+    """Under another name, so that a kill leaves none that is half there."""
+    hidden = snapshot.with_name(f".{snapshot.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    if snapshot.is_dir():
+        os.replace(snapshot, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class Snapshots:
     """The snapshots of one run under `folder`; the last `keep` stay.
@@ -70,17 +79,17 @@ class Snapshots:
     def _finish(self, scratch: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         sync(scratch / _MANIFEST)
-        shutil.rmtree(final, ignore_errors=True)
+        _remove(final)
         os.replace(scratch, final)
         sync(self.folder)
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
 
     def drop_newest(self) -> None:
         """Forget the newest snapshot: going on from it failed."""
         self.wait()
         if self.rank == 0:
-            shutil.rmtree(self.steps()[-1])
+            _remove(self.steps()[-1])
         self.wait()
 
     def steps(self) -> list[Path]:

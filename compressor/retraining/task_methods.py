@@ -2,8 +2,9 @@
 
 `dense` trains everything and prunes nothing. `magnitude` trains everything and masks the smallest |W| of each layer
 (Zhu & Gupta, arXiv 1710.01878). `movement` trains everything and, beside each weight, a score of its own
-(Sanh et al., NeurIPS 2020, arXiv 2005.07683): dL/dS = G * W, so S adds up -G * W. All masks are straight-through and
-grow by the same cubic schedule. LoRA + magnitude is PST with |W'| alone as its score and no gradient through it.
+(Sanh et al., NeurIPS 2020, arXiv 2005.07683): with G = dL/d(M * W), dL/dS = G * W, so S adds up -G * W. Under both
+dL/dW = M * G: a masked weight rests. Masks grow by the same cubic schedule. LoRA + magnitude is PST with |W'| alone as
+its score and no gradient through it.
 
 Shapes: O out_features, I in_features.
 """
@@ -63,8 +64,6 @@ class FullTraining:
         self.criterion, self.shape, self.settings = criterion, shape, settings
         self.adam = replace(adam, form="coupled")  # without a decay of masked weights that is plain Adam
         self.snap, self._head = snap, head
-        if criterion == "dense":
-            dense, linears = {**_weights(linears), **dense}, {}
         self.sparse = {name: self._sparse(name, module) for name, module in linears.items()}
         self.dense = [train_dense(name, parameter, adam) for name, parameter in dense.items()]
         self._clock, self._spent = clock()
@@ -92,7 +91,7 @@ class FullTraining:
         return self.refresh(self._growth())
 
     def _growth(self) -> float:
-        settings, final = self.settings, 1.0 - self.shape.kept(1 << 20) / (1 << 20)
+        settings, final = self.settings, self.shape.sparsity
         spent = float(self._spent)
         wanted = cubic(spent, settings.initial_sparsity, final, settings.schedule_start, settings.schedule_end)
         return wanted / final
@@ -115,10 +114,15 @@ class FullTraining:
     def update(self, step: int, progress: float, rate: float, scale: float) -> dict[str, float]:
         """One optimiser step on everything that trains."""
         for layer in self.sparse.values():
-            if layer.score is not None and layer.weight.gradient is not None:
-                layer.score.gradient = layer.weight.gradient.float() * layer.weight.master
+            gradient = layer.weight.gradient
+            if gradient is None:
+                continue
+            if layer.score is not None:
+                layer.score.gradient = gradient.float() * layer.weight.master
                 own = rate * self.settings.score_rate  # one at a time: never do all their gradients exist
                 adam_steps([layer.score], self.adam, step=step + 1, rate=own, decay=0.0, scale=scale)
+            if self.criterion != "dense":
+                gradient.mul_(layer.mask.view(torch.int8))  # dL/dW = M * G: what is masked does not move
         weights = [layer.weight for layer in self.sparse.values()]
         head = [entry for entry in self.dense if entry.name in self._head]
         rest = [entry for entry in self.dense if entry.name not in self._head]
@@ -154,8 +158,3 @@ class FullTraining:
 
     def detach(self) -> None:
         """Nothing was put on the model."""
-
-
-def _weights(linears: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    weights = {f"{name}.weight": module.weight for name, module in linears.items()}
-    return {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}

@@ -61,6 +61,10 @@ class TaskRun:
             raise ValueError(f"task method {self.method!r} given; accepted are {', '.join(METHODS)}")
         if self.structures is not None and self.method not in ("pst", "lora-magnitude"):
             raise ValueError(f"rows and heads are pruned by pst only, not by {self.method!r}")
+        final = self.shape.sparsity if self.structures is None else self.structures.pruned
+        initial = self.settings.initial_sparsity
+        if initial > final:
+            raise ValueError(f"initial_sparsity {initial} given; it must not exceed {final:g}, the final one")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ list of its references.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 _HINT = "metrics of tasks need scikit-learn, sacrebleu and rouge-score: pip install 'halfweight[tasks]'"
@@ -20,12 +21,12 @@ def accuracy(predicted: Sequence[int], true: Sequence[int]) -> float:
 def f1(predicted: Sequence[int], true: Sequence[int]) -> float:
     """F1 of class 1 where there are two classes, else the mean over classes."""
     two = max(*predicted, *true) <= 1
-    return float(_sklearn().f1_score(true, predicted, average="binary" if two else "macro", zero_division=0.0))
+    return float(_library("f1").f1_score(true, predicted, average="binary" if two else "macro", zero_division=0.0))
 
 
 def matthews(predicted: Sequence[int], true: Sequence[int]) -> float:
     """Matthews correlation; 0 where one class is never predicted."""
-    return float(_sklearn().matthews_corrcoef(true, predicted))
+    return float(_library("matthews").matthews_corrcoef(true, predicted))
 
 
 def pearson(predicted: Sequence[float], true: Sequence[float]) -> float:
@@ -40,22 +41,14 @@ def spearman(predicted: Sequence[float], true: Sequence[float]) -> float:
 
 def bleu(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU, 0 to 100, with sacrebleu's default tokenisation."""
-    try:
-        from sacrebleu import corpus_bleu
-    except ImportError:
-        raise ValueError(_HINT) from None
     width = max(map(len, references))
     streams: Any = [[(given[place] if place < len(given) else None) for given in references] for place in range(width)]
-    return float(corpus_bleu(list(predicted), streams).score)
+    return float(_library("bleu").corpus_bleu(list(predicted), streams).score)
 
 
 def rouge_l(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Mean ROUGE-L F1 against the best of the references."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise ValueError(_HINT) from None
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scorer = _library("rouge_l").RougeScorer(["rougeL"], use_stemmer=False)
     scores = [scorer.score_multi(list(given), text)["rougeL"].fmeasure for text, given in _pairs(predicted, references)]
     return float(sum(scores) / len(scores))
 
@@ -65,22 +58,26 @@ def _pairs(predicted: Sequence[str], references: Sequence[Sequence[str]]) -> lis
 
 
 def _correlation(name: str, predicted: Sequence[float], true: Sequence[float]) -> float:
-    try:
-        from scipy import stats
-    except ImportError:
-        raise ValueError(_HINT) from None
     if len(set(predicted)) < 2 or len(set(true)) < 2:
         return 0.0
-    return float(getattr(stats, name)(predicted, true).statistic)
+    return float(getattr(_library("pearson"), name)(predicted, true).statistic)
 
 
-def _sklearn() -> Any:
+def _library(name: str) -> Any:
     try:
-        from sklearn import metrics
+        return import_module(_LIBRARIES[name])
     except ImportError:
         raise ValueError(_HINT) from None
-    return metrics
 
+
+_LIBRARIES = {
+    "f1": "sklearn.metrics",
+    "matthews": "sklearn.metrics",
+    "pearson": "scipy.stats",
+    "spearman": "scipy.stats",
+    "bleu": "sacrebleu",
+    "rouge_l": "rouge_score.rouge_scorer",
+}
 
 METRICS: dict[str, Callable[..., float]] = {
     "accuracy": accuracy,
@@ -91,6 +88,13 @@ METRICS: dict[str, Callable[..., float]] = {
     "bleu": bleu,
     "rouge_l": rouge_l,
 }
+
+
+def check_metrics(names: Iterable[str]) -> None:
+    """Raises ValueError where a metric's library is not installed."""
+    for name in names:
+        if name in _LIBRARIES:
+            _library(name)
 
 
 def measure(names: Sequence[str], predicted: Sequence[Any], true: Sequence[Any]) -> dict[str, float]:

@@ -63,7 +63,7 @@ def _csv(path: Path, _columns: Sequence[str] | None) -> Iterator[dict[str, Any]]
 
 
 def _jsonl(path: Path, _columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:

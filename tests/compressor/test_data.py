@@ -71,6 +71,18 @@ def test_a_text_file_keeps_paragraphs_together(tmp_path: Path) -> None:
     assert report.tokens == 9000 + 2 + 2 - (9004 % 16)
 
 
+def test_a_line_of_jsonl_ends_with_a_newline_alone(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a\u2028b\u2029c\x85d"}\r\n{"text": "e\u2028f"}\n', encoding="utf-8", newline="")
+    loaded = load_text(str(path), Letters(), length=12)
+    assert sorted("".join(map(chr, loaded.blocks[0])).split("\0")[:2]) == ["a\u2028b\u2029c\x85d", "e\u2028f"]
+
+
+def test_ids_take_four_bytes_each() -> None:
+    ids, used = data._tokenize(["ab", "c"], Letters(), None)
+    assert (ids.itemsize, list(ids), used) == (4, [97, 98, 0, 99, 0], 2)
+
+
 def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -125,6 +137,14 @@ def test_a_hub_name_is_streamed_until_there_is_enough(monkeypatch: pytest.Monkey
 
     monkeypatch.setitem(sys.modules, "datasets", Hub)
     assert load_text("someone/some-text", Letters(), length=10, max_tokens=100).blocks.shape == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("source", "hub"),
+    [("someone/some-text", True), ("default", False), ("data/x.jsonl", False), ("a/b/c", False), (__file__, False)],
+)
+def test_what_can_only_be_a_hub_id(source: str, hub: bool) -> None:
+    assert data.is_hub_id(source) is hub
 
 
 def test_heldout_documents_share_no_long_phrase_with_the_default_text(

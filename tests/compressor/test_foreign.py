@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.checkpoint import Checkpoint, CheckpointError
@@ -111,3 +112,19 @@ def test_wrong_tensors_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
             dequantise(broken, tmp_path / "stage")
         shutil.rmtree(broken)
         shutil.rmtree(tmp_path / "stage")
+
+
+def test_a_layout_that_is_not_read_is_refused_and_not_cached(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as Marlin's, whose words are called `B`."""
+    monkeypatch.setenv("HALFWEIGHT_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = {f"{LAYER}.B": torch.zeros(4, 128, dtype=torch.int32), f"{LAYER}.s": torch.ones(2, 128)}
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    config = json.loads((tiny_llama / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"gptq in a layout .* no tensor named \*\.qweight"):
+            fetch_model(str(tmp_path / "model"))

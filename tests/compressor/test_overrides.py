@@ -133,6 +133,22 @@ def test_mistakes_are_said(change: str, message: str) -> None:
         load_recipe("one-shot-2of4-int4", [change])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("ignore='*.v_proj'", "ignore '*.v_proj' is none of the 14 layers: model.layers.0.self_attn.q_proj, "),
+        ("sparsity.keep_dense=[auto:5%, 're:v_proj']", "keep_dense 're:v_proj' is none of"),
+        ("overrides=[{layers: [lm_head], values: int8}]", "overrides 'lm_head' is none of"),
+    ],
+)
+def test_a_target_that_is_no_layer_is_refused(
+    change: str, message: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(tiny_llama), "--recipe", "one-shot-2of4-int4", "--out", str(tmp_path / "out"), "--dry-run"]
+    assert main([*command, "--set", change]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_a_layer_too_narrow_for_its_pattern_is_named(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,8 +3,11 @@
 import json
 import re
 import shutil
+import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ import yaml
 from compressor import pipeline
 from compressor.calibration import calibrate_blocks, weight_of
 from compressor.checkpoint import Checkpoint
-from compressor.cli import main
+from compressor.cli import main, parser
 from compressor.data import load_text
 from compressor.exports import export_checkpoint
 from compressor.formats import make_format
@@ -21,6 +24,8 @@ from compressor.inspection import inspect, packed_modules, verify
 from compressor.masks import check_n_m
 from compressor.models import load_model, load_tokenizer
 from compressor.pipeline import quantize, retrain
+from compressor.preflight import check
+from compressor.recipe import load_recipe
 from compressor.retraining import text_loss
 
 FAST = ["--set", "retraining.budget=4ktok", "--set", "text.length=64", "--set", "sparsity.samples=8"]
@@ -256,8 +261,19 @@ class TestBadInput:
         assert "no supported causal language model" in self.run(capsys, tmp_path / "model", tmp_path / "o")
 
     def test_missing_text(self, capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path) -> None:
-        line = self.run(capsys, tiny_llama, tmp_path / "o", "--set", "text.source=nowhere.txt")
-        assert "'nowhere.txt' is not there" in line
+        for source in ("nowhere.txt", "data/nowhere.jsonl", str(tmp_path / "nowhere")):
+            line = self.run(capsys, tiny_llama, tmp_path / "o", "--dry-run", "--set", f"text.source={source}")
+            assert f"{source!r} is not there" in line
+
+    @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+    def test_blocks_longer_than_learned_positions(
+        self, family: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
+        arguments = [str(request.getfixturevalue(f"tiny_{family}")), "--out", str(tmp_path / "o"), "--dry-run"]
+        assert main([*arguments, "--set", "text.length=512"]) == 0
+        assert main([*arguments, "--set", "text.length=513"]) == (0 if family == "llama" else 1)
+        refused = "text.length 513 given, and the model has 512 positions" in capsys.readouterr().err
+        assert refused is (family != "llama")
 
     def test_unknown_model(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert "accepted: a model folder" in self.run(capsys, "nothing-here", tmp_path / "o")
@@ -309,6 +325,15 @@ def test_inspect_verify_recipes_and_doctor_print(capsys: pytest.CaptureFixture[s
     assert "sparse24_int4" in capsys.readouterr().out
 
 
+def test_the_environment_stands_in_for_the_flags_that_the_help_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = re.findall(r"HALFWEIGHT_(\w+)", parser().epilog or "")
+    for name in named:
+        monkeypatch.setenv(f"HALFWEIGHT_{name}", "given")
+    options = vars(parser().parse_args(["model"]))
+    assert {name for name, value in options.items() if value == "given"} == {name.lower() for name in named}
+    assert "every flag" not in str(parser().epilog)
+
+
 def test_print_config_shows_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["any", "--print-config", "--set", "quantization.values=int8", "--budget", "2Mtok"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
@@ -338,6 +363,40 @@ def test_what_follows_retraining_may_be_killed_and_costs_no_second_retraining(
     assert '"stage": "retrain"' not in again
     assert '"stage": "scales"' not in again, "its last snapshot is of its end"
     verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("budget", "tokens"), [("4ktok", 4096 + 256), ("1s", 8192 + 256), ("1tok", 1024 + 256)])
+def test_a_hub_data_set_is_read_as_far_as_the_budget_goes(
+    budget: str, tokens: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one without an end; by time so much as a rate of 2,000 tokens a second would see, four times."""
+
+    class Hub:
+        @staticmethod
+        def load_dataset(*_: Any, **__: Any) -> Any:
+            return ({"text": f"{number} words and words"} for number in count())
+
+    monkeypatch.setitem(sys.modules, "datasets", Hub)
+    monkeypatch.setattr(pipeline, "tokens_within", lambda seconds, *_: 2000.0 * seconds)
+    monkeypatch.setattr(pipeline, "load_model", finished := Mock(side_effect=KeyboardInterrupt))
+    read: list[int] = []
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        text = load_text(*arguments, **settings)
+        read.append(text.report.tokens)
+        return text
+
+    monkeypatch.setattr(pipeline, "load_text", watched)
+    recipe = ["--recipe", "ast-2of4-bf16", "--set", "text.source=someone/some-text", *FAST, "--budget", budget]
+    recipe += ["--set", "reconstruction.samples=16", "--set", "quantization.samples=16"]
+    assert main([str(tiny_llama), "--out", str(tmp_path / "out"), *recipe]) == 130
+    assert finished.called and read == [tokens]
+
+
+def test_a_file_is_read_whole_for_a_retraining(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:
+    """The blocks that are held out come last, and which ones are trained on is drawn from all."""
+    recipe = load_recipe("ast-2of4-int4", [f"text.source={prose}", "retraining.budget=4ktok"])
+    assert pipeline.tokens_needed(recipe, check(tiny_llama, recipe, tmp_path / "out")) is None
 
 
 def test_a_text_too_short_to_hold_any_out_is_refused_before_calibration(

@@ -32,7 +32,7 @@ from compressor.retraining.pst_layer import TERMS, ScoredLinear, Terms, cubic, s
 from compressor.retraining.rollback import DivergedError
 from compressor.retraining.rows_and_heads import Structures
 from compressor.retraining.schedules import Budget
-from compressor.retraining.task_methods import METHODS
+from compressor.retraining.task_methods import METHODS, FullTraining
 from compressor.retraining.task_objectives import LabelledSentences, Teacher, WrittenAnswers
 from compressor.retraining.task_training import TaskRun, finetune, sizes, start
 from compressor.tasks.encoding import Answers, Labelled
@@ -317,6 +317,39 @@ def test_movement_scores_add_up_what_they_say() -> None:
     assert torch.equal(layer.score.master.sign()[moved], -slope.sign()[moved])
 
 
+@pytest.mark.parametrize("method", ["magnitude", "movement"])
+def test_a_masked_weight_rests_while_its_score_moves(method: str) -> None:
+    """dL/dW = M * G, as in the papers of both."""
+    model = bert()
+    what = TaskRun(method, settings=PstSettings(score_rate=1.0), head=head_of(model, bert))
+    live, trainer = start(
+        model, LabelledSentences(sentences()), block_linears(model), Budget(tokens=1280), what, loop=LOOP
+    )
+    assert isinstance(trainer, FullTraining)
+    trainer.refresh(1.0)
+    layer = next(iter(trainer.sparse.values()))
+    before = layer.weight.master.clone()
+    for step in range(3):
+        live.objective.backward(model, torch.arange(8), 1.0)
+        for entry in trainer.trained:
+            entry.take_gradient(several=False)
+        trainer.update(step, 0.5, 1e-3, 1.0)
+    moved = layer.weight.master != before
+    assert not bool(moved[~layer.mask].any()) and float(moved[layer.mask].float().mean()) > 0.9
+    if layer.score is not None:
+        assert float((layer.score.master != 0)[~layer.mask].float().mean()) > 0.9
+
+
+def test_a_dense_run_ends_on_its_grid_too() -> None:
+    def snap(name: str, weight: torch.Tensor) -> Any:
+        scale = weight.abs().amax() / 7
+        return lambda values, rows: (values / scale).round().clamp(-7, 7) * scale
+
+    model, _ = run(bert, "dense", loop=replace(LOOP, quantize_share=0.3), snap=snap)
+    for module in block_linears(model).values():
+        assert len(weight_of(module).unique()) <= 15
+
+
 def test_the_learned_score_follows_the_true_movement() -> None:
     model = bert()
     settings = PstSettings(weight_rank=4, score_rank=4, refresh_every=1000)
@@ -443,13 +476,16 @@ def test_trainable_share_of_bert_base(ranks: int, share: float) -> None:
     assert trained / sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(share, abs=1e-4)
 
 
+@pytest.mark.parametrize("every", [4, 30])
 @pytest.mark.parametrize("build", [bert, gpt2, llama])
-def test_heads_and_neurons_fall_as_wholes(build: Any) -> None:
+def test_heads_and_neurons_fall_as_wholes(build: Any, every: int) -> None:
+    """Also where no mask has been chosen since their share was reached."""
     model = build()
     names = [part.name for name, module in block_linears(model).items()
              for part in scored_parts(name, module, PstSettings(1, 1).terms, torch.Generator())]  # fmt: skip
     structures = Structures.of(names, model.config, 0.5)
-    model, report = run(build, pattern="50%", structures=structures)
+    settings = PstSettings(weight_rank=4, score_rank=4, refresh_every=every)
+    model, report = run(build, pattern="50%", structures=structures, settings=settings)
     masks = {name: part.mask for name, part in report.trainer.parts.items()}
     groups = 2 if build is llama else 4
     for block in structures.blocks:
@@ -497,6 +533,10 @@ def test_settings_that_cannot_be(wrong: dict[str, Any], why: str) -> None:
         PstSettings(**wrong)
     with pytest.raises(ValueError, match="task method 'taylor'"):
         TaskRun("taylor")
+    structures = Structures((), 4, 0.2)
+    for given in ({"shape": MaskShape.parse("2:4")}, {"shape": MaskShape.parse("90%"), "structures": structures}):
+        with pytest.raises(ValueError, match=r"initial_sparsity 0.7 given; it must not exceed 0\.[25]"):
+            TaskRun(settings=PstSettings(initial_sparsity=0.7), **given)  # type: ignore[arg-type]
 
 
 def test_epochs_are_steps() -> None:

@@ -53,6 +53,7 @@ def test_overrides_reach_nested_settings() -> None:
         ("quantisation.values=int4", "did you mean 'quantization'"),
         ("sparsity", "section.key=value"),
         ("name.x=1", "not a section"),
+        ("ignore=*.v_proj", "quote it: --set \"ignore='...'\""),
     ],
 )
 def test_mistakes_say_what_is_accepted(override: str, message: str) -> None:
@@ -93,6 +94,7 @@ def test_ignore_takes_names_and_patterns() -> None:
     assert recipe.ignores("a.b")
     assert recipe.ignores("model.layers.3.k_proj")
     assert not recipe.ignores("a.b.c")
+    assert parse_recipe({"ignore": "a.b"}).ignores("a.b")
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,8 @@ def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
     [
         lambda: LoopSettings(precision="fp8"), lambda: LoopSettings(train="head"), lambda: LoopSettings(kl_weight=2),
         lambda: LoopSettings(batch=4, micro_batch=3), lambda: LoopSettings(warmup=1.0), lambda: AstSettings(form="x"),
+        lambda: LoopSettings(micro_batch=0), lambda: LoopSettings(batch=4, micro_batch=-2),
+        lambda: LoopSettings(learning_rate=-1), lambda: LoopSettings(beta2=1.0), lambda: LoopSettings(clip=-1),
         lambda: AstSettings(mask_decay_ramp=0.0), lambda: LowRankSettings(init="best"),
     ],
 )  # fmt: skip
@@ -350,6 +352,7 @@ def test_a_half_written_snapshot_is_ignored(tmp_path: Path) -> None:
     run(first, loop=saving, work_dir=tmp_path)
     (tmp_path / "snapshots" / "step-00000099").mkdir()
     (tmp_path / "snapshots" / ".step-00000098.part").mkdir()
+    (tmp_path / "snapshots" / ".step-00000097.old").mkdir()
     again = llama()
     run(again, loop=saving, work_dir=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))

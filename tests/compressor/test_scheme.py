@@ -22,6 +22,15 @@ def test_layers_that_differ_keep_their_own_names() -> None:
     assert {name: config.scheme_of(name) for name in schemes} == schemes
 
 
+def test_a_layer_that_stays_as_it_was_is_ignored() -> None:
+    schemes = {name: Scheme("int4", 64) for name in LAYERS[1:]}
+    config = QuantizationConfig.from_schemes(schemes, plain=[LAYERS[0], "model.norm"])
+    assert config.ignore == (LAYERS[0],)
+    read = QuantizationConfig.from_dict(config.to_dict())
+    assert read.scheme_of(LAYERS[0]) is None
+    assert {name: read.scheme_of(name) for name in schemes} == schemes
+
+
 def test_ignore_wins() -> None:
     record = QuantizationConfig.from_schemes(dict.fromkeys(LAYERS, Scheme("int8"))).to_dict()
     config = QuantizationConfig.from_dict({**record, "ignore": [LAYERS[3]]})

@@ -1,6 +1,7 @@
 """Packing that never holds the model gives the same bytes as packing that does."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,26 @@ def test_calibration_block_by_block_gives_the_same_bytes(
     configs = [json.loads((result.out / "config.json").read_text()) for result in (first, second)]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
     assert {entry.name for entry in tmp_path.iterdir()} == {"whole", "streamed"}
+
+
+@pytest.mark.parametrize("what", [None, "sparsegpt, gptq"])
+def test_the_hubs_names_give_the_same_bytes(what: str | None, tiny_gpt2: Path, prose: Path, tmp_path: Path) -> None:
+    """GPT-2 is stored there without the name of its body, and with causal masks that are no weights."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_gpt2, tmp_path / "model")
+    named = load_file(tiny_gpt2 / "model.safetensors").items()
+    stored = {name.removeprefix("transformer."): tensor for name, tensor in named}
+    stored |= {f"h.{index}.attn.bias": torch.ones(1, 1, 8, 8).tril() for index in range(2)}
+    save_file(stored, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    sparsity, quantization = CALIBRATED[what] if what else ({"criterion": "magnitude"}, {})
+    recipe = parse_recipe({
+        "text": {"source": str(prose), "length": 32}, "sparsity": sparsity,
+        "quantization": {"group_size": 32, "samples": 16, **quantization},
+    })  # fmt: skip
+    first = compress(str(tiny_gpt2), recipe, tmp_path / "whole", report=lambda *_: None)
+    second = compress_streaming(str(tmp_path / "model"), recipe, tmp_path / "streamed", report=lambda *_: None)
+    assert (first.out / "model.safetensors").read_bytes() == (second.out / "model.safetensors").read_bytes()
 
 
 def test_the_command(tiny_llama: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -282,6 +282,39 @@ def test_what_does_not_go_together_is_said(
     assert why in capsys.readouterr().err
 
 
+def test_missing_libraries_of_metrics_are_said_before_fine_tuning(
+    encoder: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    assert main([*arguments(encoder, reviews, tmp_path / "model"), "--dry-run"]) == 1
+    assert "pip install 'halfweight[tasks]'" in capsys.readouterr().err
+
+
+def test_examples_longer_than_the_models_positions_are_refused(
+    encoder: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments(encoder, reviews, tmp_path / "model", "task.length=65"), "--dry-run"]) == 1
+    assert "task.length 65 given, and the model has 64 positions" in capsys.readouterr().err
+
+
+def test_robertas_positions_begin_behind_the_one_for_padding(
+    reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = RobertaModel(RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=34, **sizes))
+    model(torch.full((1, 32), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, 33), 5))
+    model.save_pretrained(tmp_path / "roberta")
+    make_tokenizer().save_pretrained(tmp_path / "roberta")
+    command = [*arguments(tmp_path / "roberta", reviews, tmp_path / "model"), "--dry-run"]
+    assert main(command) == 0
+    assert main([*command, "--set", "task.length=33"]) == 1
+    assert "the model has 32 positions" in capsys.readouterr().err
+
+
 def test_a_task_recipe_without_a_task_is_refused(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(encoder), "--recipe", "pst-2of4-int4", "--out", "x"]) == 1
     assert "give --task NAME, of: rotten-tomatoes" in capsys.readouterr().err

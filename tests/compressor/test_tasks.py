@@ -10,7 +10,7 @@ import pytest
 from compressor.tasks import TASKS, Example, Task, TaskSource, load_task
 from compressor.tasks.encoding import Answers, Labelled, encode
 from compressor.tasks.glue import GLUE
-from compressor.tasks.metrics import METRICS, measure
+from compressor.tasks.metrics import METRICS, check_metrics, measure
 from compressor.tasks.packaged import _word_examples
 from compressor.tasks.readers import read_records
 from compressor.tasks.task import split_of
@@ -179,6 +179,12 @@ def test_what_is_wrong_is_said(name: str, source: TaskSource, why: str) -> None:
         load_task(name, source)
 
 
+def test_a_line_of_jsonl_ends_with_a_newline_alone(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a\u2028b\u2029c\x85d"}\r\n{"text": "e"}\n', encoding="utf-8", newline="")
+    assert read_records(file) == [{"text": "a\u2028b\u2029c\x85d"}, {"text": "e"}]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "why"),
     [
@@ -235,6 +241,25 @@ def test_text_metrics_take_the_best_of_several_references() -> None:
     assert METRICS["bleu"](answers, references) == pytest.approx(100.0)
     assert METRICS["rouge_l"](answers, references) == pytest.approx(1.0)
     assert METRICS["rouge_l"](["the mat"], [["the cat"]]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("library", "needing"),
+    [
+        ("sklearn.metrics", {"f1", "matthews"}), ("scipy.stats", {"pearson", "spearman"}), ("sacrebleu", {"bleu"}),
+        ("rouge_score.rouge_scorer", {"rouge_l"}),
+    ],
+)  # fmt: skip
+def test_metrics_without_their_library_are_refused(
+    library: str, needing: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    for name in METRICS:
+        if name in needing:
+            with pytest.raises(ValueError, match=r"halfweight\[tasks\]"):
+                check_metrics([name])
+        else:
+            check_metrics([name])
 
 
 def task_of(kind: str, examples: list[Example]) -> Task:
