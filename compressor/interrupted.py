@@ -12,9 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compressor.checkpoint import sha256_of
 from compressor.preflight import Plan
 from compressor.recipe import Recipe, parse_budget
+from compressor.solvers import SOLVERS
 
 _RECORD, _SNAPSHOTS, _BLOCKS = "run.json", "snapshots", "reconstruct"
 
@@ -65,6 +68,8 @@ def _decides(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     record = recipe.model_dump(mode="json", include={"seed", "ignore", "sparsity", "reconstruction"})
     record["model"] = [sha256_of(file) for file in sorted(plan.folder.glob("*.safetensors"))]
     record["overrides"] = [[*each.layers, each.sparsity] for each in recipe.overrides if each.sparsity is not None]
+    if recipe.sparsity is not None and recipe.sparsity.criterion in SOLVERS:  # their last bits follow from the threads
+        record["OMP_NUM_THREADS"] = torch.get_num_threads()
     record["text"] = record["task"] = record["retraining"] = None
     if recipe.uses_text:
         path = Path(recipe.text.source).expanduser()

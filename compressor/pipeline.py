@@ -410,9 +410,10 @@ def rounding_grids(sparse: SparseModel, unrounded: nn.Module, plan: Plan, tokens
 @torch.no_grad()
 def calibrate_quantizer(sparse: SparseModel, recipe: Recipe, plan: Plan, text: TextBlocks, report: Report) -> None:
     """Rounds block after block where the quantiser needs Hessians; each sees the rounded ones before it."""
-    if recipe.quantization.quantizer not in NEED_HESSIAN or sparse.scales:
+    left = plan.schemes.keys() - sparse.scales.keys()  # the others are on the grid that they were trained on
+    linears = {name: module for name, module in block_linears(sparse.model).items() if name in left}
+    if recipe.quantization.quantizer not in NEED_HESSIAN or not linears:
         return
-    linears = {name: module for name, module in block_linears(sparse.model).items() if name in plan.schemes}
     batches = list(text.blocks[: recipe.quantization.samples].split(8))
     done = 0
     for stats in calibrate_blocks(sparse.model, batches, linears, hessian=True):

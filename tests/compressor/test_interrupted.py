@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from compressor import pipeline
 from compressor.cli import main
@@ -65,6 +66,17 @@ def test_another_model_is_refused(command: list[str], tmp_path: Path, capsys: py
     other = make_tiny_model("llama", tmp_path / "other", intermediate_size=192)
     assert main([str(other), *command[1:]]) == 1
     assert "another model" in capsys.readouterr().err
+
+
+def test_other_threads_are_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """For they give other masks in the last bits, whose kept blocks would be trained again first."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert main(command) == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert "another OMP_NUM_THREADS" in capsys.readouterr().err
 
 
 def test_what_comes_after_the_retraining_may_change(

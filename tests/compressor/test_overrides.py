@@ -12,6 +12,7 @@ from compressor.formats import make_format
 from compressor.inspection import packed_modules, verify
 from compressor.masks import MaskShape
 from compressor.recipe import RecipeError, load_recipe, parse_recipe
+from tests.tiny import make_tiny_model
 
 MIXED = {
     "sparsity": {"criterion": "sparsegpt", "samples": 8, "keep_dense": [r"re:.*\.v_proj"]},
@@ -58,7 +59,7 @@ def test_each_layer_is_stored_as_its_override_says(mixed: Path) -> None:
     assert "| pruned | 3 x 2:4, 1 x 4:8, 4 x 1:4, 2 x 50% |" in (mixed / "README.md").read_text()
 
 
-def test_the_engine_computes_what_transformers_computes(mixed: Path) -> None:
+def assert_the_engine_agrees_with_transformers(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from compressor.models import quiet_transformers
@@ -67,13 +68,28 @@ def test_the_engine_computes_what_transformers_computes(mixed: Path) -> None:
 
     prompt = [5, 100, 42, 7, 33, 60]
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(mixed, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(torch.tensor([prompt])).logits[0, -1]
-    engine = LLMEngine.from_folder(mixed, dtype="float32", kv_cache_gb=0.01, compile=False)
+    engine = LLMEngine.from_folder(folder, dtype="float32", kv_cache_gb=0.01, compile=False)
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=1)
     (output,) = engine.generate([prompt], params)
     assert output.token_ids == [int(expected.argmax())]
+
+
+def test_the_engine_computes_what_transformers_computes(mixed: Path) -> None:
+    assert_the_engine_agrees_with_transformers(mixed)
+
+
+def test_one_layer_of_many_may_stay_as_it_was(tmp_path: Path) -> None:
+    """The pattern that its siblings share must not take it in."""
+    model, out, name = make_tiny_model("llama", tmp_path / "m", num_hidden_layers=3), tmp_path / "out", "mlp.up_proj"
+    ignored = f"model.layers.1.{name}"
+    assert main([str(model), "--recipe", "int4", "--set", f"ignore=[{ignored}]", "--out", str(out)]) == 0
+    checkpoint = Checkpoint.open(out)
+    assert checkpoint.scheme_of(ignored) is None and checkpoint.scheme_of(f"model.layers.2.{name}") is not None
+    verify(out)
+    assert_the_engine_agrees_with_transformers(out)
 
 
 def test_sensitive_layers_stay_dense(
