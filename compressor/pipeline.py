@@ -454,9 +454,8 @@ def stored_tensors(sparse: SparseModel, plan: Plan, report: Report) -> Iterator[
             for key, tensor in pack_low_rank(scheme.low_rank, branch.s.detach(), branch.x).items():
                 yield f"{name}.{key}", tensor
         packed.add(f"{name}.weight")
-    tied = "lm_head.weight" if model.config.tie_word_embeddings else None
     for name, tensor in model.state_dict().items():
-        if name not in packed and name != tied:
+        if name not in packed and name not in model.all_tied_weights_keys:
             yield name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
 
