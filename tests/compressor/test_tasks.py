@@ -274,7 +274,7 @@ def test_batches_are_padded_to_their_own_longest() -> None:
     assert isinstance(encoded, Labelled)
     batch = encoded.batch([0, 2])
     assert batch["input_ids"].shape == (2, 9) and batch["attention_mask"].sum(1).tolist() == [3, 9]
-    assert encoded.batch([0])["input_ids"].shape == (1, 8)
+    assert encoded.batch([0])["input_ids"].shape == (1, 3)
     assert encoded.batch([1])["attention_mask"].sum() == 16
 
 
