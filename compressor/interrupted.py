@@ -1,6 +1,7 @@
 """What a work folder says of the run that it belongs to, so that no other run goes on from it or deletes it.
 
-Only what decides the weights that are kept there counts. Quantisation comes after them, and may change.
+Only what decides the weights that are kept there counts. Quantisation comes after them, and may change, but where they
+train on its grid.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ def check_work_folder(work: Path, recipe: Recipe, plan: Plan, tokens: int | None
     elif recipe.retraining is None:  # a version that wrote no record
         differing = ["retraining"]
     if differing and (trained or (rebuilt and file.is_file())):
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(
-            f"{work} holds an interrupted run with another {', '.join(differing)}. Give the settings that it was "
-            f"started with, name another folder with --out, or delete {work}."
+            f"{work} holds an interrupted run with another {', '.join(differing[:3])}{more}. Give the settings that it "
+            f"was started with, name another folder with --out, or delete {work}."
         )
     return tokens
 
@@ -83,6 +85,8 @@ def _decides(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         unused = of_text if recipe.fine_tunes else of_tasks | ({"ast", "cast"} - {settings.method})
         budget = asdict(parse_budget(settings.budget))
         record["retraining"] = settings.model_dump(mode="json", exclude=unused) | {"budget": budget}
+        if settings.loop.quantize_share:  # then it trains on the grid
+            record["grid"] = {name: asdict(scheme) for name, scheme in plan.schemes.items()}
     return json.loads(json.dumps(record))
 
 

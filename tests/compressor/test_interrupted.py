@@ -114,6 +114,19 @@ def test_rebuilt_blocks_are_kept_from_other_settings_of_theirs_alone(tiny_llama:
         started("reconstruction.passes=3")
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_a_grid_that_is_trained_on_stays(share: float, tiny_llama: Path, tmp_path: Path) -> None:
+    given = ["quantization.reconstruction=null", "quantization.scales=null", f"retraining.loop.quantize_share={share}"]
+    recipe, other = (load_recipe("ast-2of4-int4", [*given, *more]) for more in ([], ["quantization.values=int8"]))
+    claim_work_folder(tmp_path, recipe, check(tiny_llama, recipe, tmp_path / "out"))
+    (tmp_path / "snapshots").mkdir()
+    if not share:
+        check_work_folder(tmp_path, other, check(tiny_llama, other, tmp_path / "out"))
+        return
+    with pytest.raises(ValueError, match=r"another grid\.model\.layers\.0"):
+        check_work_folder(tmp_path, other, check(tiny_llama, other, tmp_path / "out"))
+
+
 def test_a_measured_length_of_text_stays_that_of_the_first_start(tiny_llama: Path, tmp_path: Path) -> None:
     """Blocks are shuffled over all that was read: with another length a resumed run would see others."""
     recipe = load_recipe("ast-2of4-int4")
