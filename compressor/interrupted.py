@@ -37,7 +37,7 @@ def check_work_folder(work: Path, recipe: Recipe, plan: Plan, tokens: int | None
         if before == now:
             return record["tokens"]
         if not trained:  # blocks are rebuilt before the retraining
-            before["retraining"] = now["retraining"]
+            before |= {key: now.get(key) for key in ("retraining", "grid")}
         differing = list(_differences(before, now))
     elif recipe.retraining is None:  # a version that wrote no record
         differing = ["retraining"]

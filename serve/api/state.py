@@ -181,7 +181,7 @@ class ServerState(ServedModel):
             async with asyncio.timeout(self.limits.compile_wait):
                 await self._compiling.acquire()
         except TimeoutError:
-            raise too_many(f"many a {wanted.kind} is being compiled; try again later") from None
+            raise too_many("schemas and grammars of others are being compiled; try again later") from None
         try:
             async with asyncio.timeout(self.limits.compile_timeout):
                 return await grammars.compile_untrusted(wanted)

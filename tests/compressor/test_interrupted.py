@@ -109,7 +109,12 @@ def test_rebuilt_blocks_are_kept_from_other_settings_of_theirs_alone(tiny_llama:
     claim_work_folder(tmp_path, recipe, check(tiny_llama, recipe, tmp_path / "out"))
     started("seed=1")  # nothing is kept yet
     (tmp_path / "reconstruct").mkdir()
-    started("retraining.budget=2h")
+    started(
+        "retraining.budget=2h",
+        "retraining.loop.quantize_share=0.1",
+        "quantization.reconstruction=null",
+        "quantization.scales=null",
+    )
     with pytest.raises(ValueError, match=r"another reconstruction\.passes"):
         started("reconstruction.passes=3")
 

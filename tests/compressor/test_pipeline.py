@@ -138,6 +138,27 @@ def test_gptq_sees_the_inputs_that_low_rank_branches_leave(
     assert hooks == [14]
 
 
+def test_gptq_rounds_what_was_not_trained_on_its_grid(
+    tiny_llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers left unpruned are none of the retraining's."""
+    rounded: list[str] = []
+
+    def watched(model: Any, batches: Any, linears: Any, **settings: Any) -> Any:
+        rounded.extend(linears)
+        return calibrate_blocks(model, batches, linears, **settings)
+
+    monkeypatch.setattr(pipeline, "calibrate_blocks", watched)
+    kept = "model.layers.0.mlp.up_proj"
+    settings = ["quantization.reconstruction=null", "quantization.scales=null", "quantization.quantizer=gptq"]
+    settings += ["retraining.loop.quantize_share=0.5", f"sparsity.keep_dense={kept}", f"text.source={prose}"]
+    given = [part for setting in settings for part in ("--set", setting)]
+    out = tmp_path / "model"
+    assert main([str(tiny_llama), "--recipe", "ast-2of4-int4", "--out", str(out), *FAST, *QUICKLY[:2], *given]) == 0
+    assert rounded == [kept]
+    verify(out)
+
+
 def test_rounded_blocks_train_under_the_mask_that_retraining_ended_with(
     tiny_llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

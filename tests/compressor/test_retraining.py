@@ -1,6 +1,7 @@
 """`retrain` end to end on tiny models: what it leaves, what it logs, how it stops and how it goes on."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from compressor.retraining import (
     retrain,
     text_loss,
 )
+from compressor.retraining.snapshots import Snapshots
 from tests.retraining import FP32, gpt2, linears_of, llama, masks_of, opt, run, text
 
 
@@ -356,6 +358,27 @@ def test_a_half_written_snapshot_is_ignored(tmp_path: Path) -> None:
     again = llama()
     run(again, loop=saving, work_dir=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
+def test_a_snapshot_whose_removal_was_killed_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshots = Snapshots(tmp_path, "run")
+    for step in (1, 2):
+        snapshots.save(step, {"a": torch.full((2,), step)}, {})
+
+    def killed(folder: Path, **_: Any) -> None:
+        if folder.is_dir():
+            (folder / "state.safetensors").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            snapshots.drop_newest()
+    found = torch.zeros(2, dtype=torch.int64)
+    snapshots.restore({"a": found})
+    assert found.tolist() == [1, 1]
+    snapshots.save(2, {"a": torch.full((2,), 2)}, {})
+    assert [step.name for step in snapshots.steps()] == ["step-00000001", "step-00000002"]
 
 
 def test_a_hidden_state_term_beside_kl_brings_the_blocks_nearer() -> None:
