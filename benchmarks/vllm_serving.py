@@ -1,10 +1,10 @@
 """`python -m benchmarks serving OUT --runtime vllm`: compressed against dense bf16 and stock int4, all in vLLM itself.
 
 The arms are vLLM's own servers with the same flags, started by our launcher; only the folder differs. They run side by
-side and are asked in turn, the idle ones waiting. A row is written as soon as it is measured and not measured again, so
-the command may be interrupted and repeated. `linears` rows come from a process that times every linear of a decode
-step, for where vLLM's own time per step hides them. The `quality` row holds the losses of the same windows of held-out
-text in vLLM and in the embedded runtime.
+side, sharing a GPU where there is one, and are asked in turn, the idle ones waiting. A row is written as soon as it is
+measured and not measured again, so the command may be interrupted and repeated. `linears` rows come from a process that
+times every linear of a decode step, for where vLLM's own time per step hides them. The `quality` row holds the losses
+of the same windows of held-out text in vLLM and in the embedded runtime.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+
 from benchmarks.measure import QualitySettings, in_own_process
 from benchmarks.record import make_record, read_record, write_record
 from benchmarks.serving import STREAMS, Server, measure
@@ -30,6 +32,8 @@ PACKED, DENSE, INT4 = "vLLM + halfweight", "vLLM dense bf16", "vLLM stock int4"
 SMALL, LARGE = "SmolLM2-135M", "TinyLlama-1.1B"
 _CONSUMERS = Path(__file__).parent / "consumers"
 _SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+_MEMORY = 0.9
+"""Of a GPU, for all servers that lie on it together; by itself each would take nearly all."""
 _DECODED = 32
 _TEXT = QualitySettings(max_tokens=16 * 512)
 Rows = list[dict[str, Any]]
@@ -90,7 +94,7 @@ def missing(rows: Rows, model: str, arms: Mapping[str, Path], streams: Sequence[
     if not wanted:
         return
     with ExitStack() as stack:
-        servers = [server(name, folder, python) for name, folder in arms.items()]
+        servers = [server(name, folder, python, len(arms)) for name, folder in arms.items()]
         for each in servers:
             stack.callback(each.stop)
             print(f"{model}, {each.name}: first token after {each.start():.0f} s", flush=True)
@@ -98,10 +102,12 @@ def missing(rows: Rows, model: str, arms: Mapping[str, Path], streams: Sequence[
             yield [{"model": model, "kind": "streams"} | row for row in measure(servers, rounds, (count,))]
 
 
-def server(name: str, folder: Path, python: str) -> Server:
-    """vLLM's server for a folder, with the flags that all arms share."""
+def server(name: str, folder: Path, python: str, arms: int) -> Server:
+    """vLLM's server for a folder, with the flags that all arms share, and its part of the memory of a GPU."""
     sizes = ["--max-model-len", "2048", "--max-num-seqs", str(max(STREAMS)), "--no-prefix-caching"]
     command = [python, "-m", "serve", str(folder.resolve()), "--runtime", "vllm", "--port", "{port}", *sizes]
+    if torch.cuda.is_available():
+        command += ["--", "--gpu-memory-utilization", f"{_MEMORY / arms:.2f}"]
     return Server(name, command, _SETTINGS)
 
 

@@ -90,8 +90,11 @@ class ServeOptions:
             raise ValueError(
                 "--tensor-parallel-size, --pipeline-parallel-size and arguments after -- need --runtime vllm"
             )
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"--threads is {self.threads}, but must be at least 1; leave it out for all cores")
+        counts = {"threads": "all cores", "tensor_parallel_size": "one rank", "pipeline_parallel_size": "one rank"}
+        for name, otherwise in counts.items():
+            if (count := getattr(self, name)) is not None and count < 1:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is {count}, but must be at least 1; leave it out for {otherwise}")
         for name in ("max_queue", "max_body_mb", "request_timeout", "shutdown_timeout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative")

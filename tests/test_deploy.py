@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.serving import _START as START
 from serve.cli import main
 
 TEXT = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text()
@@ -92,11 +93,16 @@ def test_prometheus_scrapes_with_the_key() -> None:
 
 
 def test_caches_lie_where_the_unit_may_write() -> None:
-    """vLLM's goes by XDG_CACHE_HOME; a dynamic user's home is /."""
+    """vLLM's goes by XDG_CACHE_HOME, Triton's by a name of its own; a dynamic user's home is /."""
     service = unit()["Service"]
     given = dict(word.split("=", 1) for word in service["Environment"].split())
-    for name in ("HALFWEIGHT_CACHE", "XDG_CACHE_HOME"):
-        assert given[name] == f"/var/cache/{service['CacheDirectory']}"
+    for name in ("HALFWEIGHT_CACHE", "XDG_CACHE_HOME", "TRITON_CACHE_DIR"):
+        assert Path(given[name]).is_relative_to(f"/var/cache/{service['CacheDirectory']}")
+
+
+def test_vllm_may_compile_before_it_is_given_up() -> None:
+    [failures] = re.findall(r"with `--runtime vllm` raise\s+`failureThreshold` to (\d+)", TEXT)
+    assert int(failures) * container()["startupProbe"]["periodSeconds"] >= START
 
 
 def test_an_image_with_vllm_has_what_it_needs() -> None:

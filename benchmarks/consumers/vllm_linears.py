@@ -1,7 +1,7 @@
 """Seconds that a decode step of one stream spends in vLLM's linears, layer by layer and uncompiled, and their bytes.
 
 `python FILE MODEL OUT.json TOKENS`. The engine runs in this process, so that the layers' products can be timed from
-outside; the LM head counts with neither the seconds nor the bytes.
+outside, each until the device is done with it; the LM head counts with neither the seconds nor the bytes.
 """
 
 import json
@@ -30,14 +30,23 @@ def main(model: str, out: str, tokens: str) -> None:
     llm.llm_engine.add_request("0", {"prompt_token_ids": list(range(100, 164))}, settings)
     while llm.llm_engine.has_unfinished_requests():
         spent[0] = 0.0
-        start = time.perf_counter()
+        start = _now()
         llm.llm_engine.step()
-        steps.append(time.perf_counter() - start)
+        steps.append(_now() - start)
         linears.append(spent[0])
     size = sum(_bytes(layer) for layer in layers)
     found = {"linears_seconds": median(linears[1:]), "step_seconds": median(steps[1:]), "linear_bytes": size}
     with open(out, "w") as file:
         json.dump(found, file)
+
+
+def _now() -> float:
+    """Seconds, once a GPU has done what it was given."""
+    import torch  # vLLM sets its environment first
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _linears(model: Any, kind: type) -> list[Any]:
@@ -62,9 +71,9 @@ def _time(layer: Any, spent: list[float]) -> None:
             return getattr(method, name)
 
         def apply(self, *arguments: Any, **named: Any) -> Any:
-            start = time.perf_counter()
+            start = _now()
             result = inner(*arguments, **named)
-            spent[0] += time.perf_counter() - start
+            spent[0] += _now() - start
             return result
 
     method = layer.quant_method

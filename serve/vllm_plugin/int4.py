@@ -11,7 +11,13 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+from vllm.model_executor.kernels.linear import (
+    CPUWNA16LinearKernel,
+    MacheteLinearKernel,
+    MarlinLinearKernel,
+    MPLinearKernel,
+    MPLinearLayerConfig,
+)
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 from vllm.scalar_type import scalar_types
 
@@ -19,6 +25,8 @@ from compressor.scheme import Scheme
 
 _WORD = 8
 """Values in a 32-bit word."""
+_KERNELS = (MacheteLinearKernel, MarlinLinearKernel, CPUWNA16LinearKernel)
+"""Those that take this layout, by preference. vLLM itself may choose Humming, which reads more of a layer of vLLM's."""
 
 
 def takes(scheme: Scheme, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> bool:
@@ -27,8 +35,16 @@ def takes(scheme: Scheme, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> 
     return plain and tensors["weight_packed"].is_cuda and tensors["weight_packed"].shape[1] % (_WORD // 2) == 0
 
 
+def choose(config: MPLinearLayerConfig) -> type[MPLinearKernel]:
+    """The kernel of a weight; ValueError where none takes it."""
+    for kernel in _KERNELS:
+        if kernel.can_implement(config)[0]:
+            return kernel
+    raise ValueError(f"neither Machete nor Marlin takes int4 in groups of {config.group_size} on this device")
+
+
 class StockInt4(nn.Module):
-    """`y = x W^T` by the kernel that vLLM chooses for the device and the shape.
+    """`y = x W^T` by the first of the kernels that takes the shape on this device.
 
     Args:
         tensors: `weight_packed` [O, I / 2] and `weight_scale` [O, G] of the format int4.
@@ -36,7 +52,7 @@ class StockInt4(nn.Module):
         dtype: of the activations.
 
     Raises:
-        ValueError: where vLLM has no kernel that takes them.
+        ValueError: where none takes them.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], group_size: int, dtype: torch.dtype) -> None:
@@ -51,7 +67,7 @@ class StockInt4(nn.Module):
             group_size=group_size,
             zero_points=False,
         )
-        kernel = choose_mp_linear_kernel(config)
+        kernel = choose(config)
         sides = {"input_dim": 1, "output_dim": 0, "weight_loader": _loaded}
         self.bias = None
         self.weight_packed = PackedvLLMParameter(data=words, packed_dim=1, packed_factor=_WORD, **sides)

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks import serving, vllm_serving
+from benchmarks.consumers import vllm_linears
 from benchmarks.record import read_record
 from benchmarks.vllm_serving import DENSE, INT4, LARGE, PACKED, SMALL, summarise
 
@@ -62,6 +64,25 @@ def test_only_what_the_record_lacks_is_measured(monkeypatch: pytest.MonkeyPatch)
         [("streams", PACKED, 8), ("streams", DENSE, 8)],
     ]
     assert list(vllm_serving.missing([*rows, *chain(*groups)], SMALL, arms, (1, 8), "python", 1)) == []
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_servers_share_a_gpu(gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a CPU the flag would stand for the machine's memory."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    command = vllm_serving.server(DENSE, tmp_path, "python", 3).command
+    assert command[-3:] == ["--", "--gpu-memory-utilization", "0.30"] if gpu else "--" not in command
+
+
+def test_a_linears_time_is_until_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    layer = SimpleNamespace(quant_method=SimpleNamespace(apply=lambda x: done.append(x)))
+    vllm_linears._time(layer, [0.0])
+    layer.quant_method.apply("cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: done.append("synchronised"))
+    layer.quant_method.apply("gpu")
+    assert done == ["cpu", "synchronised", "gpu", "synchronised"]
 
 
 def test_servers_are_stopped_when_the_command_is_told_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

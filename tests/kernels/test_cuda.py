@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -25,6 +26,8 @@ from compressor.quantizers import rtn
 from compressor.scheme import Scheme
 
 HOPPER, TURING = (9, 0), (7, 5)
+PLACE = f"H100/{torch.__version__}/{torch.version.cuda}"
+"""Of the settings of the device that `device` stands for."""
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
@@ -57,12 +60,14 @@ def test_groups_of_more_zeros_survive_the_layout() -> None:
         (("sparse24_int4", AMPERE, 33, 100, -1, torch.float16), "triton"),
         (("sparse24_int4", HOPPER, 64, 80, 40, torch.bfloat16), "unpack"),
         (("sparse24_int4", TURING, 4096, 4096, 128, torch.float16), "unpack"),
-        (("sparse24", HOPPER, 4096, 4096, -1, torch.bfloat16), "semi_structured"),
-        (("sparse24", HOPPER, 4095, 4096, -1, torch.bfloat16), "unpack"),
-        (("sparse24", HOPPER, 4096, 4064, -1, torch.bfloat16), "unpack"),
-        (("sparse24_int8", HOPPER, 4096, 4096, -1, torch.bfloat16), "semi_structured"),
-        (("sparse24_int8", HOPPER, 4096, 4096, 128, torch.bfloat16), "unpack"),
-        (("sparse24_int8", HOPPER, 4096, 4160, -1, torch.bfloat16), "unpack"),
+        (("sparse24", AMPERE, 4096, 4096, -1, torch.bfloat16), "semi_structured"),
+        (("sparse24", AMPERE, 4095, 4096, -1, torch.bfloat16), "unpack"),
+        (("sparse24", AMPERE, 4096, 4064, -1, torch.bfloat16), "unpack"),
+        (("sparse24", HOPPER, 4096, 4096, -1, torch.bfloat16), "unpack"),
+        (("sparse24_int8", AMPERE, 4096, 4096, -1, torch.bfloat16), "semi_structured"),
+        (("sparse24_int8", AMPERE, 4096, 4096, 128, torch.bfloat16), "unpack"),
+        (("sparse24_int8", AMPERE, 4096, 4160, -1, torch.bfloat16), "unpack"),
+        (("sparse24_int8", HOPPER, 4096, 4096, -1, torch.bfloat16), "unpack"),
         (("sparse24_fp8", HOPPER, 4096, 4096, -1, torch.bfloat16), "unpack"),
         (("sparse24_fp8", HOPPER, 4096, 4096, 128, torch.bfloat16), "unpack"),
         (("int4", HOPPER, 4096, 4096, 128, torch.bfloat16), "unpack"),
@@ -71,7 +76,9 @@ def test_groups_of_more_zeros_survive_the_layout() -> None:
 def test_the_path_follows_capability_and_shape(
     arguments: tuple[str, tuple[int, int], int, int, int, torch.dtype], path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without cuSPARSELt, whose place CUTLASS takes on 8.x alone."""
     monkeypatch.setattr("compressor.kernels.cuda.has_triton", lambda: True)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
     assert choose(*arguments) == path
 
 
@@ -88,6 +95,12 @@ def test_weights_without_a_path_are_known(name: str, unpacked: bool, monkeypatch
     assert not cuda.unpacks(name, {"semi_packed": torch.zeros(1)}, (64, 256), -1)
 
 
+def test_cusparselt_multiplies_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    for name in ("sparse24", "sparse24_int8"):
+        assert choose(name, HOPPER, 4096, 4096, -1, torch.bfloat16) == "semi_structured"
+
+
 @pytest.mark.parametrize(("capability", "path"), [(AMPERE, "unpack"), ((8, 9), "semi_structured")])
 def test_fp8_needs_cusparselt_and_ada(capability: tuple[int, int], path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
@@ -102,11 +115,11 @@ def packed(name: str, group: int, rows: int = 64, columns: int = 256) -> tuple[F
 
 
 def sparse_linear(x: Tensor, values: Tensor, meta: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
-    """What CUTLASS computes, from its own layout, in torch."""
+    """What CUTLASS computes, from its own layout and transposed in memory, in torch."""
     assert x.shape[0] % 16 == 0
     assert x.dtype == values.dtype
     dense = sparse_semi_structured_to_dense_cutlass(values, meta)
-    return (x.double() @ dense.double().T).to(out_dtype or x.dtype)
+    return (dense.double() @ x.double().T).to(out_dtype or x.dtype).T
 
 
 def cusparselt(compressed: Tensor, x: Tensor, *, out_dtype: torch.dtype | None, alg_id: int) -> Tensor:
@@ -130,7 +143,8 @@ def test_the_sparse_product_is_that_of_the_stored_weight(
     monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", cusparselt)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: library == "cusparselt")
-    monkeypatch.setattr(semi_structured, "tuned", lambda key, settings, run: settings[7])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: AMPERE)
+    monkeypatch.setattr(semi_structured, "tuned", lambda key, settings, run: run(settings[7]))
     fmt, stored = packed(name, -1)
     x = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     x[0, 1] = 0
@@ -142,27 +156,52 @@ def test_the_sparse_product_is_that_of_the_stored_weight(
     expected = x.double() @ fmt.unpack_quantized(stored).dequantized().double().T
     assert found is not None
     assert found.dtype == x.dtype
+    assert found.is_contiguous()
     assert found[0, 1].abs().max() == 0
     assert (found - expected).norm() < error * expected.norm()
 
 
+@pytest.mark.parametrize("capability", [(8, 9), HOPPER])
 @pytest.mark.parametrize("name", ["sparse24", "sparse24_int8", "sparse24_fp8"])
-def test_where_cusparselt_refuses_another_path_is_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_cusparselt_refuses_another_path_is_taken(
+    name: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_arguments: object, **_options: object) -> Tensor:
         raise RuntimeError("not supported on this device")
 
     monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", refuse)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    monkeypatch.setattr(semi_structured, "tuned", lambda key, settings, run: settings[7])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(semi_structured, "tuned", lambda key, settings, run: run(settings[7]))
     semi_structured._cusparselt_multiplies.cache_clear()
     _, stored = packed(name, -1)
     prepared = semi_structured.prepare(stored["weight_packed"], stored["weight_meta"], stored.get("weight_scale"))
     semi_structured._cusparselt_multiplies.cache_clear()
-    if name == "sparse24_fp8":
-        assert prepared is None, "nothing but cuSPARSELt multiplies fp8: it is unpacked"
+    if name == "sparse24_fp8" or capability == HOPPER:
+        assert prepared is None, "nothing but cuSPARSELt multiplies it: it is unpacked"
     else:
         assert prepared is not None and semi_structured.PACKED in prepared
+
+
+def test_the_search_is_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Tensor] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        chosen.append(x)
+        yield
+        chosen.pop()
+
+    def tuned(key: str, settings: tuple[int, ...], run: Callable[[int], Tensor]) -> Tensor:
+        assert len(chosen) == 1
+        return run(settings[7])
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", cusparselt)
+    monkeypatch.setattr(semi_structured, "tuned", tuned)
+    found = semi_structured._cusparselt(torch.ones(16, 64), torch.ones(32, 64), 32, torch.float32)
+    assert torch.equal(found, torch.full((16, 32), 64.0))
 
 
 def test_a_token_of_nan_makes_no_other_nan() -> None:
@@ -197,9 +236,15 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
-    tuning._known.cache_clear()
+    restart()
     yield measured
+    restart()
+
+
+def restart() -> None:
+    """What the next process knows: what lies on disk."""
     tuning._known.cache_clear()
+    tuning._measured.clear()
 
 
 def slow(setting: int) -> int:
@@ -212,26 +257,45 @@ def slow(setting: int) -> int:
 def test_a_search_is_kept_on_disk(device: list[int], tmp_path: Path) -> None:
     assert tuning.tuned("shape", (-1, 5, 3, 4), slow) == 3
     assert device == [5, 3, 4]
-    tuning._known.cache_clear()  # as in the next process
+    restart()
     assert tuning.tuned("shape", (-1, 5, 3, 4), slow) == 3
     assert device == [5, 3, 4]
     assert tuning.tuned("another", (2, 1), slow) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["gpu-settings.json"]
 
 
+def test_a_stored_setting_that_fails_is_searched_for_anew_once(device: list[int]) -> None:
+    assert tuning.tuned("shape", (5, 3), slow) == 3
+    restart()
+    assert tuning.tuned("shape", (5, -1), slow) == 5
+    restart()
+    assert tuning.tuned("shape", (5, -1), slow) == 5
+    assert device == [5, 3, 5], "what was found anew is what is stored"
+    assert tuning.tuned("another", (5, 3), slow) == 3
+    with pytest.raises(RuntimeError, match="too much shared memory"):  # not for want of a search
+        tuning.tuned("another", (5, -1), slow)
+    assert device == [5, 3, 5, 5, 3]
+
+
+def test_another_torch_has_settings_of_its_own(device: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuning.tuned("shape", (5, 3), slow) == 3
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    assert tuning.tuned("shape", (1, 2), slow) == 1
+
+
 def test_ranks_keep_what_each_other_measured(device: list[int], tmp_path: Path) -> None:
     assert tuning.tuned("mine", (5, 3), slow) == 3
     file = tmp_path / "gpu-settings.json"
-    others = f'{{"H100/{torch.version.cuda}/theirs": 1,'
+    others = f'{{"{PLACE}/theirs": 1,'
     file.write_text(file.read_text().replace("{", others))  # as another process does meanwhile
     assert tuning.tuned("mine too", (5, 3), slow) == 3
-    tuning._known.cache_clear()
+    restart()
     measured = len(device)
     assert [tuning.tuned(key, (5, 3), slow) for key in ("mine", "mine too", "theirs")] == [3, 3, 3]
     assert len(device) == measured
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"H100/None/shape": 99}', '{"H100/None/shape": "x"}'])
+@pytest.mark.parametrize("text", ["{", "[]", f'{{"{PLACE}/shape": 99}}', f'{{"{PLACE}/shape": "x"}}'])
 def test_a_damaged_cache_does_not_stop_anything(device: list[int], tmp_path: Path, text: str) -> None:
     (tmp_path / "gpu-settings.json").write_text(text)
     assert tuning.tuned("shape", (5, 3), slow) == 3

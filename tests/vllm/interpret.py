@@ -28,8 +28,10 @@ def error(rows: int, columns: int, group: int, tokens: int, setting: dict[str, i
     stored = fmt.pack(rtn(weight * n_m_mask(weight.abs()), None, scheme))
     x = torch.randn(tokens, columns).half()
     parts = (stored["weight_packed"], stored["weight_meta"], stored["weight_scale"])
+    sparse24_int4.tuned = lambda key, settings, run: run(setting)
     exact = x.double() @ fmt.unpack_quantized(stored).dequantized().double().T
-    found = sparse24_int4.launch(x, parts, group, setting)
+    found = sparse24_int4.linear(x, *parts, group)
+    assert found.is_contiguous()
     return float((found.double() - exact).norm() / exact.norm())
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import vllm.model_executor.layers.linear as stock
@@ -18,6 +20,9 @@ import vllm.model_executor.layers.vocab_parallel_embedding as tables
 import vllm.model_executor.parameter as parameters
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.kernels.linear import HummingLinearKernel
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 
 from compressor.formats import make_format
 from compressor.formats.low_rank import low_rank_weight
@@ -139,7 +144,7 @@ def down(scheme: Scheme, ranks: int = 1) -> float:
 
 def marlin_biases() -> float:
     """Dense int4 by a kernel that, as Marlin, takes a bias in another order than the checkpoint's."""
-    chosen = int4.choose_mp_linear_kernel
+    chosen = int4.choose
 
     def choose(config: Any) -> Any:
         class Permuting(chosen(config)):  # type: ignore[misc]
@@ -148,12 +153,38 @@ def marlin_biases() -> float:
 
         return Permuting
 
-    taken, int4.choose_mp_linear_kernel = int4.takes, choose
+    taken, int4.choose = int4.takes, choose
     int4.takes = lambda scheme, tensors, dtype: True
     try:
         return qkv(INT4, INT4, INT4, dtype=torch.bfloat16)
     finally:
-        int4.takes, int4.choose_mp_linear_kernel = taken, chosen
+        int4.takes, int4.choose = taken, chosen
+
+
+def hopper_kernels() -> float:
+    """Dense int4 on Hopper goes to Machete, to Marlin, before which vLLM itself would take Humming, or to neither."""
+    chosen = []
+    names = ("is_cpu", "is_cuda", "is_device_capability", "get_device_capability")
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch(f"{HummingLinearKernel.__module__}.has_humming", lambda: True))
+        for name, value in zip(names, (False, True, True, DeviceCapability(9, 0)), strict=True):
+            stack.enter_context(mock.patch.object(type(current_platform), name, lambda *_, value=value, **__: value))
+        for rows, group in ((4096, 128), (4096, 32), (4160, 128), (4096, 96)):
+            config = int4.MPLinearLayerConfig(
+                full_weight_shape=(4608, rows),
+                partition_weight_shape=(4608, rows),
+                weight_type=int4.scalar_types.uint4b8,
+                act_type=torch.bfloat16,
+                group_size=group,
+                zero_points=False,
+            )
+            try:
+                chosen.append(int4.choose(config).__name__)
+            except ValueError as error:
+                chosen.append(str(error))
+    neither = "neither Machete nor Marlin takes int4 in groups of 96 on this device"
+    assert chosen == ["MacheteLinearKernel", "MarlinLinearKernel", "MarlinLinearKernel", neither], chosen
+    return 0.0
 
 
 def gpu_head(tied: bool) -> float:
@@ -199,6 +230,7 @@ CASES = {
     "groups of 96": lambda: qkv(*[Scheme("int8", 96)] * 3, columns=576),
     "segments of 24": lambda: qkv(*[Scheme("sparse24_int4", 96, low_rank=LowRank(24))] * 3, columns=576),
     "biases beside Marlin": marlin_biases,
+    "kernels on Hopper": hopper_kernels,
     "a head on a GPU": lambda: gpu_head(tied=False),
     "a tied head on a GPU": lambda: gpu_head(tied=True),
 }

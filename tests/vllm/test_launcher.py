@@ -109,6 +109,11 @@ def test_the_cache_on_a_cpu_holds_the_longest_sequence(tmp_path: Path) -> None:
     stretched = config | {"max_position_embeddings": 32768, "rope_scaling": {"type": "linear", "factor": 4.0}}
     (tmp_path / "config.json").write_text(json.dumps(stretched))
     assert vllm.cache_bytes(ServeOptions(tmp_path)) == whole
+    phi3 = config | {"model_type": "phi3", "original_max_position_embeddings": 65536}
+    factors = {"type": "longrope", "long_factor": [1.0] * 32, "short_factor": [1.0] * 32}
+    (tmp_path / "config.json").write_text(json.dumps(phi3 | {"rope_scaling": factors}))
+    assert 2**31 < vllm.cache_bytes(ServeOptions(tmp_path)) < 1.01 * 2**31, "vLLM does not stretch it by itself"
+    assert vllm.cache_bytes(ServeOptions(tmp_path, max_model_len=131072)) == whole
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vllms-own"}))
     assert vllm.cache_bytes(ServeOptions(tmp_path)) == 2**30
 
@@ -196,6 +201,34 @@ def test_ranks_get_processors_of_their_own(ranks: int, cpus: list[int], lists: s
 def test_options_that_vllm_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vLLM has no --deterministic, --max-queue; leave it out"):
         vllm.arguments(ServeOptions(tmp_path, deterministic=True, max_queue=1))
+
+
+def test_vllms_dtype_of_keys_and_values_is_given_behind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--kv-cache-dtype int8 is for `--runtime torch`; vLLM's own .* after --"):
+        vllm.arguments(ServeOptions(tmp_path, kv_cache_dtype="int8"))
+    assert vllm.arguments(ServeOptions(tmp_path, runtime_arguments=("--kv-cache-dtype", "fp8")))[-1] == "fp8"
+
+
+@pytest.mark.parametrize(
+    "flags", [("--cpu-offload-gb", "4"), ("--cpu_offload_gb=4",), ("--offload-group-size", "8"), ("--offload-par", "x")]
+)
+def test_offloading_is_refused_where_packed_weights_would_undo_it(
+    flags: tuple[str, ...], start: Start, tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from compressor.scheme import Scheme
+    from tests.vllm.models import pack
+
+    line, _ = start("--", *flags)
+    assert line.endswith(" ".join(flags)), "plain weights stay where vLLM puts them"
+    packed = pack(tiny_llama, tmp_path / "packed", Scheme("int8", 32))
+    assert main([str(packed), "--runtime", "vllm", "--", *flags]) == 2
+    assert "offload" in (said := capsys.readouterr().err) and "would be undone: packed weights" in said
+
+
+@pytest.mark.parametrize("flag", ["--tensor-parallel-size", "--pipeline-parallel-size"])
+def test_no_ranks_are_refused(flag: str, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tiny_llama), "--runtime", "vllm", flag, "0"]) == 2
+    assert f"{flag} is 0, but must be at least 1; leave it out for one rank" in capsys.readouterr().err
 
 
 def test_eager_stages_are_refused_where_vllm_fails_at_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ path | formats | from capability
 `semi_structured` | sparse24_fp8 with one scale a row, sizes of a multiple of 32 and 64, by cuSPARSELt | 8.9
 `unpack` | everything else | any
 
+Without cuSPARSELt, or where it refuses, `semi_structured` is CUTLASS, which torch has for 8.x alone.
+
 Dense int4 has no path here: in vLLM its own kernels take it (`serve.vllm_plugin.int4`). Nor have the int8 of embeddings
 and LM heads: the plugin unpacks such a head once, at load.
 """
@@ -44,7 +46,8 @@ def choose(
     if name == "sparse24" or (name in _EIGHT_BITS and capability >= least and group_size in (-1, in_features)):
         from compressor.kernels.cuda import semi_structured
 
-        return "semi_structured" if semi_structured.supports(out_features, in_features, values) else "unpack"
+        supported = semi_structured.supports(out_features, in_features, values, capability)
+        return "semi_structured" if supported else "unpack"
     return "unpack"
 
 

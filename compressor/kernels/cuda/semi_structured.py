@@ -38,12 +38,18 @@ _TOKENS = 16
 _ALGORITHMS = tuple(range(40))
 
 
-def supports(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
-    """Whether a weight has a size that the sparse products take; fp8 is cuSPARSELt's alone."""
-    if dtype not in MULTIPLES or (dtype == FP8 and not torch.backends.cusparselt.is_available()):
+def supports(out_features: int, in_features: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether a weight has a size that the sparse products take, and the device a library for them."""
+    multiplied = torch.backends.cusparselt.is_available() or _cutlass_multiplies(dtype, capability)
+    if dtype not in MULTIPLES or not multiplied:
         return False
     rows, columns = MULTIPLES[dtype]
     return out_features % rows == 0 and in_features % columns == 0
+
+
+def _cutlass_multiplies(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """torch refuses other devices in the first product, and has no fp8."""
+    return dtype != FP8 and capability[0] == 8
 
 
 def cutlass_layout(kept: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,12 +65,12 @@ def cutlass_layout(kept: Tensor, meta: Tensor) -> tuple[Tensor, Tensor]:
 def prepare(kept: Tensor, meta: Tensor, scale: Tensor | None = None) -> dict[str, Tensor] | None:
     """The layout of the library at hand, from stored values and positions, and scales [O, 1] of 8-bit values.
 
-    None where neither library takes such values.
+    None where neither library takes such values on this device.
     """
     found = {} if scale is None else {SCALE: scale.float().flatten()}
     if torch.backends.cusparselt.is_available() and _cusparselt_multiplies(kept.dtype, kept.device):
         return found | _compressed(kept, meta)
-    if kept.dtype == FP8:
+    if not _cutlass_multiplies(kept.dtype, torch.cuda.get_device_capability(kept.device)):
         return None
     packed, reordered = cutlass_layout(kept, meta)
     return found | {PACKED: packed, META: reordered}
@@ -92,7 +98,7 @@ def _cusparselt_multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def linear(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """[M, O] in x's dtype from x [M, I]; the product is in the values' dtype."""
+    """[M, O] in x's dtype, contiguous, from x [M, I]; the product is in the values' dtype."""
     weight = tensors[PACKED] if PACKED in tensors else tensors[COMPRESSED]
     if SCALE not in tensors:
         return _product(x.to(weight.dtype), tensors, weight.dtype).to(x.dtype)
@@ -118,7 +124,7 @@ def _product(x: Tensor, tensors: Mapping[str, Tensor], out: torch.dtype) -> Tens
         sums: Tensor = torch._sparse_semi_structured_linear(padded, tensors[PACKED], tensors[META], out_dtype=wanted)
     else:
         sums = _cusparselt(padded, tensors[COMPRESSED], tensors[ROWS].shape[0], out)
-    return sums[: x.shape[0]]
+    return sums[: x.shape[0]].contiguous()  # CUTLASS gives it transposed, and vLLM's operators read memory row by row
 
 
 @torch.library.custom_op("halfweight::sparse24_cusparselt", mutates_args=())
@@ -130,8 +136,9 @@ def _cusparselt(x: Tensor, compressed: Tensor, rows: int, out: torch.dtype) -> T
         return torch._cslt_sparse_mm(compressed, x.t(), out_dtype=wanted, alg_id=algorithm)
 
     bucket = 1 << (x.shape[0] - 1).bit_length()  # one search for all batches up to a power of two
-    key = f"cusparselt/{bucket}/{rows}/{x.shape[1]}/{x.dtype}"
-    return product(tuned(key, _ALGORITHMS, product)).t().contiguous()
+    key = f"cusparselt {torch.backends.cusparselt.version()}/{bucket}/{rows}/{x.shape[1]}/{x.dtype}"
+    with torch.cuda.device_of(x):  # the search measures on the current device
+        return tuned(key, _ALGORITHMS, product).t().contiguous()
 
 
 @_cusparselt.register_fake

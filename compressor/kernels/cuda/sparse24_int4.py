@@ -55,8 +55,9 @@ def _kernel(  # type: ignore[no-untyped-def]
         quads = k // 4 + tl.arange(0, BLOCK_K // 4)
         pairs = k // 8 + tl.arange(0, BLOCK_K // 8)
         x_tile = tl.load(
-            x + rows_m[:, None] * K + columns[None, :], mask=inside_m[:, None] & (columns < K)[None, :], other=0.0
-        )
+            x + rows_m[:, None].to(tl.int64) * K + columns[None, :],
+            mask=inside_m[:, None] & (columns < K)[None, :], other=0.0,
+        )  # fmt: skip
         p_tile = tl.load(
             packed + rows_n[:, None].to(tl.int64) * (K // 4) + quads[None, :],
             mask=inside_n[:, None] & (quads < K // 4)[None, :], other=0x88,
@@ -103,17 +104,17 @@ def launch(x: Tensor, tensors: tuple[Tensor, Tensor, Tensor], group_size: int, s
     steps = triton.cdiv(columns, setting["BLOCK_K"])
     splits = setting["SPLITS"]
     _kernel[grid](x, packed, meta, scale, out, tokens, rows, columns, group, steps, splits, **sizes)
-    return out.sum(0).to(x.dtype)
+    return (out[0] if splits == 1 else out.sum(0)).to(x.dtype)
 
 
 @torch.library.custom_op("halfweight::sparse24_int4_triton", mutates_args=())
 def _linear(x: Tensor, packed: Tensor, meta: Tensor, scale: Tensor, group_size: int) -> Tensor:
     tokens = x.shape[0]
     bucket = 1 << max(tokens - 1, 0).bit_length()  # one search for all batches up to a power of two
-    key = f"sparse24_int4/{bucket}/{packed.shape[0]}/{x.shape[1]}/{group_size}/{x.dtype}"
+    key = f"sparse24_int4 {triton.__version__}/{bucket}/{packed.shape[0]}/{x.shape[1]}/{group_size}/{x.dtype}"
     tensors = (packed, meta, scale)
-    setting = tuned(key, candidates(group_size, tokens), lambda one: launch(x, tensors, group_size, one))
-    return launch(x, tensors, group_size, setting)
+    with torch.cuda.device_of(x):  # where Triton launches and the search measures
+        return tuned(key, candidates(group_size, tokens), lambda one: launch(x, tensors, group_size, one))
 
 
 @_linear.register_fake

@@ -14,19 +14,33 @@ import torch
 
 logger = logging.getLogger(__name__)
 Setting = TypeVar("Setting", bound=Hashable | dict[str, int])
+Result = TypeVar("Result")
 _WARM_UP, _RUNS = 3, 20
+_measured: set[str] = set()
+"""The places of settings that this process has searched for."""
 
 
-def tuned(key: str, settings: Sequence[Setting], run: Callable[[Setting], object]) -> Setting:
-    """The fastest setting for `key`; those that fail are left out, and inside a captured graph nothing is measured."""
+def tuned(key: str, settings: Sequence[Setting], run: Callable[[Setting], Result]) -> Result:
+    """What `run` gives with the fastest setting for `key`, which names the version of the library that runs.
+
+    Settings that fail are left out; a stored one that fails is searched for anew, once. Inside a captured graph nothing
+    is measured.
+    """
     known = _known()
-    place = f"{torch.cuda.get_device_name()}/{torch.version.cuda}/{key}"
-    if known.get(place) not in range(len(settings)):  # none, or one of another version's
-        if torch.cuda.is_current_stream_capturing():
-            return settings[0]
-        known[place] = _fastest(key, settings, run)
-        _write(known)
-    return settings[int(known[place])]
+    place = f"{torch.cuda.get_device_name()}/{torch.__version__}/{torch.version.cuda}/{key}"
+    if known.get(place) in range(len(settings)):  # otherwise there is none, or one of another version's
+        try:
+            return run(settings[int(known[place])])
+        except Exception as error:
+            if place in _measured or torch.cuda.is_current_stream_capturing():
+                raise
+            logger.warning("the setting stored for %s fails (%s): another is searched for", key, error)
+    elif torch.cuda.is_current_stream_capturing():
+        return run(settings[0])
+    known[place] = _fastest(key, settings, run)
+    _measured.add(place)
+    _write(known)
+    return run(settings[known[place]])
 
 
 def _fastest(key: str, settings: Sequence[Setting], run: Callable[[Setting], object]) -> int:
