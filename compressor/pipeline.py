@@ -497,6 +497,8 @@ def config_of(model: Any, plan: Plan) -> dict[str, Any]:
     """`config.json` of the checkpoint: the model's own with the record of what is packed."""
     config = json.loads(json.dumps(model.config.to_dict()))
     config["dtype"] = "bfloat16"
+    for key in ("auto_map", "custom_pipelines"):  # of Python files that are not copied
+        config.pop(key, None)
     plain = [name for name in block_linears(model) if name not in plan.schemes]
     config["quantization_config"] = QuantizationConfig.from_schemes(plan.schemes, plain=plain).to_dict()
     return config

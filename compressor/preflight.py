@@ -51,7 +51,9 @@ SERVED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
 """Model types that the torch runtime serves by its own modules."""
 ENCODERS = ("bert", "roberta")
 """Model types whose classifiers the torch runtime serves."""
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"
+)  # fmt: skip
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 """Names of the embeddings that positions are learned in."""
 _TOKENS_OF_A_WORD = 1.5
@@ -132,7 +134,7 @@ def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) 
     if not linears:
         raise ValueError("the recipe's 'ignore' leaves no layer to compress")
     if recipe.quantization.transform is not None:
-        check_awq(str(model.config.model_type))
+        check_awq(model.config)
     _check_trainable(folder, model, recipe, task)
     schemes = linear_schemes(linears, recipe) | embedding_schemes(model, recipe)
     _check_weights(source, model, new_head=task is not None and task.head_labels is not None, low_memory=low_memory)
@@ -334,7 +336,8 @@ def _estimate(
             packed += sum(dtype.itemsize * size[0] * size[1] for size, dtype in spec.values())
         packed_weights += shape[0] * shape[1]
     packed += (parameters - packed_weights) * 2
-    dense_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    shards = set(Checkpoint.open(folder).shards.values())
+    dense_bytes = sum(shard.stat().st_size for shard in shards)
     trained = recipe.retraining is not None
     small = recipe.retraining is not None and recipe.retraining.method in ("pst", "lora-magnitude")
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]

@@ -24,9 +24,11 @@ from compressor.exports.words import from_words, to_words
 from compressor.formats import FORMATS, QuantizedWeight
 from compressor.scheme import QuantizationConfig, Scheme
 
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
 
 def losses(source: Source) -> list[str]:
-    """Nothing beyond what no target holds.
+    """Layers that vLLM makes one of and that are stored unlike, which it does not load.
 
     Raises:
         ValueError: a model whose linears compressed-tensors does not know, or none of which has integer values.
@@ -38,7 +40,28 @@ def losses(source: Source) -> list[str]:
         )
     if all(bits_of(scheme) is None for scheme in source.linears().values()):
         raise ValueError("no layer of this checkpoint has integer values; export it to dense instead")
-    return []
+    for name, scheme in source.linears().items():
+        if not _per_row(scheme):
+            check_words(name, source.shape_of(name)[1], bits_of(scheme))
+    kinds: dict[tuple[str, str], dict[str, Any]] = {}
+    for name in [*source.linears(), *source.dense_linears()]:
+        parent, _, own = name.rpartition(".")
+        if fused := next((group for group in _FUSED if own in group), None):
+            kinds.setdefault((parent, " and ".join(fused)), {})[own] = _arguments_of(source.linears().get(name))
+    unlike = [key for key, found in kinds.items() if any(kind != next(iter(found.values())) for kind in found.values())]
+    if not unlike:
+        return []
+    parent, names = unlike[0]
+    return [
+        f"the scheme of {names} differs in {len(unlike)} places ({parent}, ...), which vLLM does not load; "
+        "transformers does"
+    ]
+
+
+def check_words(name: str, count: int, bits: int | None) -> None:
+    """Raises ValueError where so many values of a row do not fill 32-bit words."""
+    if bits is not None and count % (32 // bits):
+        raise ValueError(f"{name} has {count} inputs, which are no multiple of {32 // bits}: export to dense instead")
 
 
 def write(source: Source, stage: Path) -> None:
@@ -60,6 +83,10 @@ def bits_of(scheme: Scheme | None) -> int | None:
     if scheme is None or FORMATS[scheme.format].grid is None:
         return None
     return 4 if FORMATS[scheme.format].grid == (-8, 7) else 8
+
+
+def _arguments_of(scheme: Scheme | None) -> dict[str, Any] | None:
+    return None if scheme is None or bits_of(scheme) is None else _arguments(scheme)
 
 
 def _per_row(scheme: Scheme) -> bool:

@@ -33,5 +33,17 @@ def write(source: Source, stage: Path) -> None:
 
 
 def write_config(stage: Path, config: Mapping[str, Any]) -> None:
-    """Writes config.json."""
-    (stage / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+    """Writes config.json, with the keys beside that readers of transformers 4 know."""
+    (stage / "config.json").write_text(json.dumps({**config, **_older_keys(config)}, indent=2) + "\n")
+
+
+def _older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta`, `rope_scaling` and `torch_dtype`; without them such a reader computes something else, silently."""
+    older = {"torch_dtype": config["dtype"]} if "dtype" in config else {}
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or any(isinstance(part, Mapping) for part in rope.values()):
+        return older
+    for key in ("rope_theta", "partial_rotary_factor"):
+        older |= {key: rope[key]} if key in rope else {}
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    return older | ({"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {})

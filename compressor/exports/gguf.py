@@ -10,6 +10,7 @@ and 32 signed bytes.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from compressor.exports.gptq import inexact_in_fp16
 from compressor.exports.llama_like import LlamaLike, parse_llama_like
 from compressor.exports.source import Source
 from compressor.formats import QuantizedWeight
+from compressor.from_gguf import ROPE_FACTORS, llama3_factors, yarn_attention
 from compressor.scheme import Scheme
 
 FILE = "model.gguf"
@@ -40,29 +42,37 @@ _ARCHITECTURES = {
 }
 
 
+_SCALINGS = ("linear", "yarn", "llama3")
+
+
+def _shape(config: Mapping[str, Any]) -> LlamaLike:
+    return parse_llama_like("gguf", config, scalings=_SCALINGS)
+
+
 def losses(source: Source) -> list[str]:
     """Scales that fp16 does not hold.
 
     Raises:
         ValueError: an architecture or a tokenizer that llama.cpp would not take from here.
     """
-    parse_llama_like("gguf", source.config)
-    check_tokenizer(source.checkpoint.folder)
-    fitting = [name for name, scheme in source.exported_schemes().items() if _fits(scheme)]
+    check_tokenizer(source.checkpoint.folder, _shape(source.config).vocabulary)
+    fitting = [name for name, scheme in source.exported_schemes().items() if _fits(scheme, source.shape_of(name)[1])]
     count = sum(inexact_in_fp16(source.scale(name)) for name in fitting)
     return [f"{count} scales are rounded to fp16"] if count else []
 
 
-def _fits(scheme: Scheme) -> bool:
-    return bits_of(scheme) is not None and (scheme.group_size == -1 or scheme.group_size % _BLOCK == 0)
+def _fits(scheme: Scheme, columns: int) -> bool:
+    return bits_of(scheme) is not None and (columns if scheme.group_size == -1 else scheme.group_size) % _BLOCK == 0
 
 
 def write(source: Source, stage: Path) -> None:
     """Writes model.gguf, and config.json for whoever reads the folder."""
-    shape = parse_llama_like("gguf", source.config)
+    shape = _shape(source.config)
     writer = gguf.GGUFWriter(
         stage / FILE, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[shape.architecture]], use_temp_file=True
     )
+    # Its own would lie in the system's folder for temporary files, which may be small, or in memory.
+    writer.temp_file = tempfile.TemporaryFile(dir=stage)  # noqa: SIM115
     _add_shape(writer, shape)
     add_tokenizer(writer, source.checkpoint.folder, shape.vocabulary)
     names = _Names(shape)
@@ -70,9 +80,10 @@ def write(source: Source, stage: Path) -> None:
     for name in source.schemes:
         layer = source.layer(name)
         weight = names.reordered(name, layer.weight)
-        bits = bits_of(schemes[name]) if weight.values.shape[1] % _BLOCK == 0 and _fits(schemes[name]) else None
+        bits = bits_of(schemes[name]) if _fits(schemes[name], weight.values.shape[1]) else None
         if bits is None:
-            _add_floats(writer, names[f"{name}.weight"], weight.dequantized().to(torch.bfloat16))
+            dtype = getattr(torch, schemes[name].dtype)
+            _add_floats(writer, names[f"{name}.weight"], weight.dequantized().to(dtype))
         else:
             writer.add_tensor(names[f"{name}.weight"], blocks(weight, bits).numpy(), raw_dtype=_TYPES[bits])
     for name, tensor in source.plain():
@@ -99,12 +110,31 @@ def _add_shape(writer: Any, shape: LlamaLike) -> None:
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_theta)
     writer.add_layer_norm_rms_eps(shape.eps)
+    _add_rope_scaling(writer, shape)
+
+
+def _add_rope_scaling(writer: Any, shape: LlamaLike) -> None:
+    """llama.cpp divides Llama 3's frequencies by factors that it reads; of the others it knows the formula."""
+    kind, rope = shape.rope["rope_type"], shape.rope
+    if kind == "llama3":
+        writer.add_tensor(ROPE_FACTORS, llama3_factors(shape.head_dim, shape.rope_theta, rope).astype(np.float32))
+    elif kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(int(rope.get("original_max_position_embeddings") or shape.positions))
+        if rope.get("attention_factor") is not None:
+            writer.add_rope_scaling_attn_factors(
+                float(rope["attention_factor"]) / yarn_attention(float(rope["factor"]))
+            )
 
 
 def _add_floats(writer: Any, name: str, tensor: Tensor) -> None:
-    """Vectors in float32, as llama.cpp wants norms and biases; matrices in bf16."""
+    """Vectors in float32, as llama.cpp wants norms and biases; matrices in their own dtype."""
     if tensor.dim() == 1:
         writer.add_tensor(name, tensor.float().numpy())
+    elif tensor.dtype in (torch.float16, torch.float32):
+        writer.add_tensor(name, tensor.numpy())
     else:
         raw = tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
@@ -167,7 +197,7 @@ class Exported(exported.Exported):
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.folder, self.config = folder, config
-        self._names = _Names(parse_llama_like("gguf", config))
+        self._names = _Names(_shape(config))
         self._found = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / FILE).tensors}
 
     def weight(self, name: str, scheme: Scheme) -> QuantizedWeight | None:
@@ -192,6 +222,7 @@ class Exported(exported.Exported):
     def _floats(self, name: str) -> Tensor:
         tensor = self._found[self._names[name]]
         data = torch.from_numpy(np.array(tensor.data))
-        values = data.view(torch.bfloat16) if data.dtype == torch.uint8 else data.to(torch.bfloat16)
+        if data.dtype != torch.float16:
+            data = data.view(torch.bfloat16) if data.dtype == torch.uint8 else data.to(torch.bfloat16)
         module = name.rpartition(".")[0]
-        return self._names.reordered(module, QuantizedWeight(values), back=True).values
+        return self._names.reordered(module, QuantizedWeight(data), back=True).values

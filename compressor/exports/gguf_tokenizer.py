@@ -19,9 +19,13 @@ _LLAMA3 = (
 _SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
 
 
-def check_tokenizer(folder: Path) -> None:
+def check_tokenizer(folder: Path, vocabulary: int) -> None:
     """Raises ValueError for a tokenizer that cannot be exported."""
-    _rule(_read(folder))
+    record = _read(folder)
+    _rule(record)
+    last = max(record["model"]["vocab"].values())
+    if last >= vocabulary:
+        raise ValueError(f"tokenizer.json has a token {last}, and config.json a vocabulary of {vocabulary}")
 
 
 def _read(folder: Path) -> dict[str, Any]:

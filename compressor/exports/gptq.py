@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compressor.checkpoint import ShardWriter
 from compressor.exports import source as exported
-from compressor.exports.compressed_tensors import bits_of
+from compressor.exports.compressed_tensors import bits_of, check_words
 from compressor.exports.dense import write_config
 from compressor.exports.source import Layer, Source, architecture_of
 from compressor.exports.words import from_words, to_words
@@ -47,6 +47,12 @@ def losses(source: Source) -> list[str]:
             f"gptq keeps one kind of integer layer, found {len(alike)} (bits, group size): {sorted(map(str, alike))}. "
             "Export to compressed-tensors or dense instead."
         )
+    for name, scheme in packed.items():
+        rows, columns = source.shape_of(name)
+        bits = bits_of(scheme)
+        check_words(name, columns, bits)
+        if bits and rows % (32 // bits):
+            raise ValueError(f"{name} has {rows} rows; gptq needs a multiple of {32 // bits}: export to dense instead")
     count = sum(inexact_in_fp16(source.scale(name)) for name in packed)
     return [f"{count} scales are rounded to fp16"] if count else []
 
@@ -78,10 +84,6 @@ def _stored(layer: Layer, bits: int | None) -> dict[str, Tensor]:
     if bits is None or scale is None:
         return {"weight": layer.dense()}
     out_features, in_features = layer.weight.values.shape
-    if out_features * bits % 32:
-        raise ValueError(
-            f"{layer.name} has {out_features} rows; gptq needs a multiple of {32 // bits}: export to dense"
-        )
     # The zero point less one in every field: 7 or 127.
     zero = 0x77777777 if bits == 4 else 0x7F7F7F7F
     return {

@@ -30,14 +30,18 @@ class LlamaLike:
     positions: int
     eps: float
     rope_theta: float
+    rope: Mapping[str, Any]
     tied: bool
 
 
-def parse_llama_like(target: str, config: Mapping[str, Any], *, also: Sequence[str] = ()) -> LlamaLike:
+def parse_llama_like(
+    target: str, config: Mapping[str, Any], *, also: Sequence[str] = (), scalings: Sequence[str] = ()
+) -> LlamaLike:
     """Reads a configuration; raises ValueError for what the exports to `target` do not know.
 
     Args:
         also: other architectures that the target takes, for the sentence that refuses this one.
+        scalings: kinds of rotary scaling that the target takes.
     """
     architecture = architecture_of(config)
     if architecture not in ARCHITECTURES:
@@ -45,7 +49,7 @@ def parse_llama_like(target: str, config: Mapping[str, Any], *, also: Sequence[s
         raise ValueError(f"export to {target} knows {known}, this is {architecture}; export to dense instead")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind != "default":
+    if kind not in ("default", *scalings):
         raise ValueError(f"export to {target} knows no rotary scaling {kind!r}; export to dense instead")
     qwen = architecture.startswith("Qwen")
     if config.get("sliding_window") and (not qwen or config.get("use_sliding_window")):
@@ -65,5 +69,6 @@ def parse_llama_like(target: str, config: Mapping[str, Any], *, also: Sequence[s
         positions=int(config.get("max_position_embeddings", 2048)),
         eps=float(config.get("rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        rope={**rope, "rope_type": kind},
         tied=bool(config.get("tie_word_embeddings", False)),
     )

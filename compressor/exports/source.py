@@ -61,6 +61,7 @@ class Source:
         self.embeddings = tables if head is None else tables | {head}
         """Names of the embeddings and of the LM head, packed or not."""
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)]
+        self._shapes = {name: tuple(m.weight.shape) for name, m in model.named_modules() if _has_matrix(m)}
         self._linears = [name for name in linears if name not in self.embeddings]
 
     @property
@@ -94,6 +95,11 @@ class Source:
         """Whether the model keeps this weight as [I, O]."""
         return name in self._transposed
 
+    def shape_of(self, name: str) -> tuple[int, int]:
+        """[O, I] of a linear or a table."""
+        rows, columns = self._shapes[name]
+        return (columns, rows) if self.is_transposed(name) else (rows, columns)
+
     def scale(self, name: str) -> Tensor:
         """The scales of one packed module."""
         return self.checkpoint.tensor(f"{name}.weight_scale")
@@ -113,6 +119,10 @@ class Source:
             module, _, key = name.rpartition(".")
             if module not in self.schemes or key == "bias":
                 yield name, self.checkpoint.tensor(name)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from compressor.pipeline import compress
 from compressor.quantizers import rtn
 from compressor.recipe import RecipeError, parse_recipe
 from compressor.scheme import Scheme
+from tests.tiny import tiny_config
 
 
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_gpt2", "tiny_opt"])
@@ -64,7 +65,12 @@ def test_the_recipe_entry(tiny_llama: Path, prose: Path, tmp_path: Path, quantiz
 
 def test_what_awq_does_not_know_is_refused() -> None:
     with pytest.raises(ValueError, match="knows llama"):
-        check_awq("gemma3")
+        check_awq(tiny_config("gemma3_text"))
+    post_norm = tiny_config("opt")
+    check_awq(post_norm)
+    post_norm.do_layer_norm_before = False  # as opt-350m
+    with pytest.raises(ValueError, match="this one has them after"):
+        check_awq(post_norm)
     branch = {"ast": {"low_rank": {"segment": 16}}}
     with pytest.raises(RecipeError, match="low-rank"):
         parse_recipe({"sparsity": {}, "retraining": branch, "quantization": {"transform": "awq"}})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, write_manifest
+from compressor.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, copy_companions, write_manifest
 from compressor.cli import main
 from compressor.output import OutputFolder
 
@@ -79,12 +79,59 @@ def test_a_missing_file_is_named(copy: Path, name: str) -> None:
         Checkpoint.open(copy)
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "", "..", 3])
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "", "..", "./3"])
 def test_names_that_leave_the_folder_are_refused(copy: Path, name: object) -> None:
+    (copy / "model.safetensors").rename(copy / "shard.safetensors")
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     write_manifest(copy)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="names a file"):
         Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "sub/../../x.json", "/etc/passwd", "", ".hidden", 3])
+def test_manifests_that_leave_the_folder_are_refused(copy: Path, name: object) -> None:
+    files = json.loads((copy / "manifest.json").read_text())["files"]
+    text = json.dumps({"version": 1, "files": files | {"name": {"bytes": 1, "sha256": ""}}})
+    (copy / "manifest.json").write_text(text.replace('"name"', json.dumps(str(name))))
+    with pytest.raises(CheckpointError, match=r"names a file|is missing"):
+        Checkpoint.open(copy)
+
+
+def test_what_nobody_needs_may_be_edited(copy: Path) -> None:
+    """The model card before a push to the hub; and what else lies in a folder of the folder is checked."""
+    (copy / "1_Pooling").mkdir()
+    (copy / "1_Pooling" / "config.json").write_text("{}")
+    (copy / "LICENSE").write_text("MIT")
+    write_manifest(copy)
+    (copy / "README.md").write_text("edited")
+    (copy / "LICENSE").write_text("MIT, 2026")
+    (copy / "recipe.yaml").unlink()
+    assert Checkpoint.open(copy).packed
+    (copy / "1_Pooling" / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"1_Pooling/config\.json does not match"):
+        Checkpoint.open(copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"files": {"config.json": 3}}))
+    with pytest.raises(CheckpointError, match="it is damaged"):
+        Checkpoint.open(copy)
+
+
+def test_an_index_of_older_shards_is_passed_over(tiny_llama: Path, tmp_path: Path) -> None:
+    """As transformers does, and as it leaves a folder into which it saved in shards and then whole."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001.safetensors"}}))
+    assert Checkpoint.open(folder).names() == Checkpoint.open(tiny_llama).names()
+
+
+def test_companions(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    files = {"tokenizer.json", "LICENSE", "1_Pooling/config.json", "additional_chat_templates/tool_use.jinja"}
+    for name in files | {"config.json", "README.md", "onnx/config.json", "model.safetensors.index.json"}:
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text(name)
+    copy_companions(tmp_path / "model", tmp_path / "out")
+    found = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert found == files
 
 
 def test_links_out_of_the_folder_are_refused(copy: Path) -> None:

@@ -1,12 +1,13 @@
 """Checkpoints that others quantised, as dense models to start from."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.checkpoint import Checkpoint, CheckpointError
@@ -95,6 +96,52 @@ def test_an_export_is_a_model_to_start_from(target: str, tiny_llama: Path, tmp_p
     load_model(folder)
     again = compress(str(tmp_path / target), recipe, tmp_path / "again", report=lambda *_: None)
     assert again.plan.folder == folder
+
+
+@pytest.mark.parametrize(
+    ("tensor", "record", "says"),
+    [
+        ("model.layers.0.mlp.act.scales", {}, "divides activations by model.layers.0.mlp.act.scales"),
+        (None, {"transform_config": {"config_groups": {"u": {}}}}, "rotates activations"),
+    ],
+)
+def test_what_changes_activations_is_refused(
+    tensor: str | None, record: dict[str, object], says: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors") | ({tensor: torch.ones(8)} if tensor else {})
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", **record}
+    (folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "stage").mkdir()
+    with pytest.raises(CheckpointError, match=says):
+        dequantise(folder, tmp_path / "stage")
+
+
+def test_other_weights_in_the_same_folder_are_read_again(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFWEIGHT_CACHE", str(tmp_path / "cache"))
+    recipe = parse_recipe({"quantization": {"group_size": 32}})
+    compress(str(tiny_llama), recipe, tmp_path / "packed", report=lambda *_: None)
+    export_checkpoint(tmp_path / "packed", "gptq", tmp_path / "a" / "gptq")
+    first = fetch_model(str(tmp_path / "a" / "gptq"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")  # with its times
+    assert fetch_model(str(tmp_path / "b" / "gptq")) != first
+    shard = tmp_path / "a" / "gptq" / "model.safetensors"
+    os.utime(shard, ns=(10**18, 10**18))
+    assert fetch_model(str(tmp_path / "a" / "gptq")) != first
+
+
+def test_no_room_for_the_dense_folder(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = parse_recipe({"quantization": {"group_size": 32}})
+    compress(str(tiny_llama), recipe, tmp_path / "packed", report=lambda *_: None)
+    export_checkpoint(tmp_path / "packed", "gptq", tmp_path / "gptq")
+    monkeypatch.setenv("HALFWEIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    with pytest.raises(MemoryError, match="set HALFWEIGHT_CACHE"):
+        fetch_model(str(tmp_path / "gptq"))
 
 
 def test_wrong_tensors_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

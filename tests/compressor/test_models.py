@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor import models
+from compressor import from_gguf, models
 from compressor.checkpoint import MAX_SHARD_BYTES, Checkpoint
 from compressor.cli import main
-from compressor.models import fetch_model, load_classifier, load_model, quiet_transformers
+from compressor.models import fetch_model, load_classifier, load_model, quiet_transformers, skeleton
 from compressor.pipeline import compress
 from compressor.preflight import check
 from compressor.recipe import parse_recipe
@@ -141,6 +141,30 @@ def test_a_classifier_is_not_trained_as_a_language_model(
     assert main([*command, "--recipe", "ast-2of4-int4", "--one-shot"]) == 0
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_head_that_was_trained_is_not_tied_again(
+    streaming: bool, prose: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Fine-tunes of tied models store a head of their own and leave the flag."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "dense"))
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    torch.manual_seed(0)
+    tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    run = compress_streaming if streaming else compress
+    out = run(str(folder), parse_recipe(PLAIN | {"text": {"source": str(prose)}}), tmp_path / "out", report=quiet).out
+    assert Checkpoint.open(out).config["tie_word_embeddings"] is False
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = load_model(folder, torch.float32)(ids).logits
+        found = load_model(out, torch.float32)(ids).logits
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.9
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert skeleton(folder).config.tie_word_embeddings is True
+
+
 def test_an_encoder_without_a_head_stays_one(tmp_path: Path) -> None:
     """Its embeddings are served; the head that transformers gives it is nobody's."""
     from transformers import BertConfig, BertModel
@@ -164,7 +188,7 @@ def conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         (stage / "config.json").write_text("{}")
 
     monkeypatch.setenv("HALFWEIGHT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(from_gguf, "convert", convert)
     return read
 
 

@@ -57,7 +57,9 @@ def test_output_is_a_whole_valid_folder(one_shot: Path, tiny_llama: Path) -> Non
     } <= present
     assert [entry.name for entry in one_shot.parent.iterdir()] == ["model"]
     card = (one_shot / "README.md").read_text()
-    assert str(tiny_llama) in card
+    assert tiny_llama.name in card and str(tiny_llama) not in card  # what lies here is nobody's business
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["tags"] == ["halfweight", "2:4", "sparsity", "quantization"] and "base_model" not in header
     assert "sha256" in card
     assert yaml.safe_load((one_shot / "recipe.yaml").read_text())["sparsity"]["criterion"] == "sparsegpt"
 

@@ -32,11 +32,12 @@ struct Processor {
     avx2 = ymm && fma && f16c && (b & bit_AVX2);
     avx512 = avx2 && zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
     vnni = avx512 && (c & bit_AVX512VNNI);
+    const bool vbmi = c & 1u << 1;
     const bool amx_tile = d & 1u << 24, amx_int8 = d & 1u << 25, amx_bf16 = d & 1u << 22;
     bool bf16 = false;
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) avx_vnni = avx2 && (a & 1u << 4), bf16 = a & 1u << 5;
     // Linux keeps the tile state off until a process asks: ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA.
-    amx = vnni && bf16 && tiles && amx_tile && amx_int8 && amx_bf16 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    amx = vnni && vbmi && bf16 && tiles && amx_tile && amx_int8 && amx_bf16 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
   }
 };
 #endif

@@ -1,8 +1,10 @@
 #include "team.h"
 
+#include <dirent.h>
 #include <sched.h>
 
 #include <algorithm>
+#include <cstdlib>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -14,9 +16,19 @@ namespace {
 bool concurrent_pieces = false;
 constexpr int kSpins = 2000;  // some 100 us; then whoever is needed may be waiting for this processor
 
-int processors() {
-  cpu_set_t set;
-  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1 << 16;
+// Processors that the process' threads may use between them: OMP_PROC_BIND ties each thread to one of its own. No more
+// than `enough` are counted.
+int processors(int enough) {
+  cpu_set_t all, own;
+  if (sched_getaffinity(0, sizeof all, &all) != 0) return enough;
+  if (CPU_COUNT(&all) >= enough) return enough;
+  if (DIR* tasks = opendir("/proc/self/task")) {
+    while (const dirent* task = readdir(tasks))
+      if (const int id = std::atoi(task->d_name); id > 0 && sched_getaffinity(id, sizeof own, &own) == 0)
+        CPU_OR(&all, &all, &own);
+    closedir(tasks);
+  }
+  return std::min(enough, CPU_COUNT(&all));
 }
 
 template <class F> void wait_until(F done) {
@@ -37,7 +49,7 @@ template <class F> void wait_until(F done) {
 
 void allow_teams(bool concurrent) { concurrent_pieces = concurrent; }
 
-int team_slots() { return concurrent_pieces ? std::max(1, std::min(num_threads(), processors())) : 1; }
+int team_slots() { return concurrent_pieces ? std::max(1, processors(num_threads())) : 1; }
 
 // torch may use fewer threads than there are pieces and give one several: the team is complete when all pieces are taken.
 Team::Member Team::join(int64_t pieces) {
