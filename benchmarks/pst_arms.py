@@ -1,7 +1,8 @@
 """The arms of `python -m benchmarks pst`: one method, mask shape and seed each, fine-tuned under the same loop.
 
 Rates are chosen on held-out *validation* sentences at 2:4 (`--grid`), and for PST the score's rate and the rank of U V
-too; batch, epochs, schedule and examples are everybody's. A record's grid decides; where it has none, `PstArm` does.
+too; magnitude pruning takes the rate of dense fine-tuning. Batch, epochs, schedule and examples are everybody's. A
+record's grid decides; where it has none, `PstArm` does.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ _DISTILLATION = (0.5, 2.0)  # weight of the teacher's answers, temperature
 _LOW_RANK = ("pst", "lora-magnitude")
 # The ablation: PST's score without one or both of its learned terms.
 SCORES = {"pst |W'|": ("magnitude",), "pst |W'| + AB": ("magnitude", "low_rank")}
+_AS = {**dict.fromkeys((*SCORES, DISTILLED), "pst"), "magnitude": "dense"}
+"""{method: the one by whose grid it goes}: magnitude pruning trains what dense fine-tuning trains."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ def arms(patterns: tuple[str, ...], seeds: int, *, ablation: bool) -> Iterator[P
 
 
 def grid() -> Iterator[PstArm]:
-    """Every method at every setting."""
-    for method in METHODS:
+    """Every method at every setting, but for those that take another's."""
+    for method in (method for method in METHODS if method not in _AS):
         for rate in RATES:
             for rank in _RANKS if method in _LOW_RANK else _RANKS[:1]:
                 for score in _SCORE_RATES if method == "pst" else (0.5,):
@@ -101,7 +104,7 @@ def grid() -> Iterator[PstArm]:
 
 def as_chosen(arm: PstArm, rows: Sequence[Mapping[str, Any]]) -> PstArm:
     """The arm with the settings that were best for its method in a record's grid, if it has one."""
-    method = "pst" if arm.method in (*SCORES, DISTILLED) else arm.method
+    method = _AS.get(arm.method, arm.method)
     tried = [row for row in rows if row.get("kind") == "grid" and row["method"] == method]
     if not tried:
         return arm
