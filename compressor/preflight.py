@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -26,6 +25,7 @@ from compressor.compressed_linear import linear_shape
 from compressor.data import ACCEPTED, NAMED, is_hub_id
 from compressor.formats import make_format
 from compressor.formats.low_rank import low_rank_spec
+from compressor.machine import available_memory
 from compressor.masks import MaskShape
 from compressor.models import (
     block_linears,
@@ -463,7 +463,7 @@ def _check_machine(plan: Plan, out: Path) -> None:
             f"{parent} has {free / 1e9:.1f} GB free, about {plan.disk_bytes / 1e9:.1f} GB are needed "
             "(output and resume files). Free some space, or name a folder on another disk with --out."
         )
-    available = psutil.virtual_memory().available
+    available = available_memory()
     if available < plan.memory_bytes:
         raise MemoryError(
             f"{available / 1e9:.1f} GB of memory are available, about {plan.memory_bytes / 1e9:.1f} GB are needed. "

@@ -315,8 +315,7 @@ class TestBadInput:
         with monkeypatch.context() as patch:
             patch.setattr("compressor.preflight.shutil.disk_usage", lambda _path: usage)
             assert "GB free" in self.run(capsys, tiny_llama, tmp_path / "o")
-        memory = type("memory", (), {"available": 10})
-        monkeypatch.setattr("compressor.preflight.psutil.virtual_memory", lambda: memory)
+        monkeypatch.setattr("compressor.preflight.available_memory", lambda: 10)
         assert "of memory are available" in self.run(capsys, tiny_llama, tmp_path / "o")
 
     def test_truncated_weights(self, capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path) -> None:

@@ -33,18 +33,21 @@ class Team {
         body(begin, end);
       }
     }
-    // The same in pieces that members take as they get there, smaller and smaller ones, down to `grain`: for long phases, in
-    // which one may be held up by whatever else its processor has to do.
+    // For long phases, in which a member may be held up by whatever else its processor has to do: three quarters are shared
+    // like that, each share read in one go, and the rest is taken in pieces as members get there, smaller and smaller ones,
+    // down to `grain`.
     template <class F> void claim(int64_t count, int64_t grain, F body) {
       if (count <= 1) return share(count, body);
       enter(count);
+      const int64_t own = count * 3 / 4 / size_ / grain * grain, left = count - own * size_;
       std::atomic<int64_t>& next = team_.claimed_[claims_ & 1];
       ++claims_;
       if (index_ == 0) team_.claimed_[claims_ & 1].store(0, std::memory_order_relaxed);  // all have left that phase
-      for (int64_t begin = next.load(std::memory_order_relaxed); begin < count;) {
-        const int64_t piece = (count - begin) / (2 * size_) / grain * grain, end = begin + (piece > grain ? piece : grain);
+      if (own > 0) body(own * index_, own * (index_ + 1));
+      for (int64_t begin = next.load(std::memory_order_relaxed); begin < left;) {
+        const int64_t piece = (left - begin) / (2 * size_) / grain * grain, end = begin + (piece > grain ? piece : grain);
         if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-        body(begin, end < count ? end : count);
+        body(count - left + begin, end < left ? count - left + end : count);
         begin = next.load(std::memory_order_relaxed);
       }
     }
