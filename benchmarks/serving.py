@@ -1,7 +1,9 @@
 """`python -m benchmarks serving`: many streams over HTTP, ours against llama.cpp's server and vLLM's, and our start.
 
-All servers run at the same time and are asked in turn, the idle ones waiting; every request has a prompt of its own, so
-that no cache of earlier prompts helps. A stream is fair if it does not take much longer than the others.
+All servers run at the same time and are asked in turn, the idle ones waiting, each round in another order; every
+request has a prompt of its own, so that no cache of earlier prompts helps. All streams begin at once with a prompt of
+about 100 words and get 64 tokens; a rate counts those, over the time of the slowest stream, prompts included. A stream is
+fair if it does not take much longer than the others.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -26,15 +28,18 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmarks import http_client
-from benchmarks.record import finish, parser
+from benchmarks.record import cpu_fields, finish, parser
 
-PACKED, LLAMA, VLLM = "halfweight", "llama.cpp Q4_0", "vLLM bf16"
+PACKED, LLAMA, VLLM, VLLM_FLOAT32 = "halfweight", "llama.cpp Q4_0", "vLLM bf16", "vLLM float32"
+_PEERS = {"llama_cpp": LLAMA, "vllm_bf16": VLLM, "vllm_float32": VLLM_FLOAT32}
 STREAMS = (1, 8, 32)
 PROMPT_WORDS, OUTPUT, CONTEXT = 100, 64, 768
 LONG_PROMPT, FEW = 512, 8
 """Tokens of the prompt whose first token is timed, and of its answer."""
 _START = 900
 """Seconds that a server gets to start; vLLM compiles first."""
+_PAUSE = 1.5
+"""Seconds before a turn: vLLM's processes spin for one after their last."""
 WORDS = ("river", "stone", "window", "paper", "garden", "winter", "letter", "market", "engine", "silver", "bridge")
 
 
@@ -164,7 +169,10 @@ def flags() -> argparse.ArgumentParser:
 
 
 def peers(options: argparse.Namespace) -> list[Server]:
-    """The servers to compare with, with as many threads as this machine has cores."""
+    """The servers to compare with; llama.cpp's has as many threads as this machine has cores, vLLM's what it takes.
+
+    Where the processor does not multiply bf16, vLLM is asked in float32 too, which is faster there.
+    """
     cores, most = len(os.sched_getaffinity(0)), max(STREAMS)
     found = []
     if options.llama_server and options.gguf:
@@ -173,9 +181,20 @@ def peers(options: argparse.Namespace) -> list[Server]:
         found.append(Server(LLAMA, command))
     if options.vllm_python and options.dense:
         module = [options.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.dense)]
-        sizes = ["--port", "{port}", "--max-model-len", "2048", "--max-num-seqs", str(most), "--dtype", "bfloat16"]
-        found.append(Server(VLLM, [*module, *sizes], {"VLLM_CPU_KVCACHE_SPACE": "1"}))
+        sizes = ["--port", "{port}", "--max-model-len", "2048", "--max-num-seqs", str(most)]
+        dtypes = {VLLM: "bfloat16"}
+        if not {"avx512_bf16", "amx_bf16"} & set(cpu_fields().get("flags", "").split()):
+            dtypes[VLLM_FLOAT32] = "float32"
+        for name, dtype in dtypes.items():
+            found.append(Server(name, [*module, *sizes, "--dtype", dtype], {"VLLM_CPU_KVCACHE_SPACE": "1"}))
     return found
+
+
+def _in_turn(servers: Sequence[Server], turn: int) -> Iterator[Server]:
+    """The servers, in another order each turn, each once those before it have come to rest."""
+    for server in servers if turn % 2 else servers[::-1]:
+        time.sleep(_PAUSE)
+        yield server
 
 
 def measure_start(packed: Path) -> dict[str, float]:
@@ -203,7 +222,7 @@ def measure(servers: Sequence[Server], rounds: int, counts: Sequence[int] = STRE
         first: dict[str, list[float]] = {server.name: [] for server in servers}
         spread: dict[str, list[float]] = {server.name: [] for server in servers}
         for turn in range(rounds + 1):
-            for server in servers:
+            for server in _in_turn(servers, turn):
                 times = asyncio.run(server.ask(streams, OUTPUT, salt=100 * streams + turn))
                 if turn:
                     rates[server.name].append(streams * OUTPUT / max(stream[-1] for stream in times))
@@ -239,7 +258,7 @@ def measure_first(servers: Sequence[Server], rounds: int) -> list[dict[str, Any]
     """One row a server: milliseconds from asking to the first token of a prompt of LONG_PROMPT tokens, alone."""
     times: dict[str, list[float]] = {server.name: [] for server in servers}
     for turn in range(2 * rounds + 1):
-        for server in servers:
+        for server in _in_turn(servers, turn):
             found = asyncio.run(server.ask(1, FEW, salt=10_000 + turn, prompt=LONG_PROMPT))
             if turn:
                 times[server.name].append(1e3 * found[0][0])
@@ -257,12 +276,10 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     rates = {(row["server"], row["streams"]): float(row["tokens_per_s"]) for row in rows if "streams" in row}
     first = {row["server"]: float(row["ttft_ms_median"]) for row in rows if "prompt_tokens" in row}
     found = {
-        f"ttft{LONG_PROMPT}_vs_{name}": first[PACKED] / first[peer]
-        for name, peer in (("llama_cpp", LLAMA), ("vllm_bf16", VLLM))
-        if peer in first
+        f"ttft{LONG_PROMPT}_vs_{name}": first[PACKED] / first[peer] for name, peer in _PEERS.items() if peer in first
     }
     for streams in STREAMS:
-        for name, peer in (("llama_cpp", LLAMA), ("vllm_bf16", VLLM)):
+        for name, peer in _PEERS.items():
             if (peer, streams) in rates:
                 found[f"streams{streams}_vs_{name}"] = rates[PACKED, streams] / rates[peer, streams]
     return found

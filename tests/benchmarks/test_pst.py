@@ -79,6 +79,16 @@ def test_an_interval_holds_the_difference_and_narrows_where_both_err_alike() -> 
     assert wide_high - wide_low > 1.5 * (high - low)
 
 
+def test_an_interval_holds_what_seeds_differ_by() -> None:
+    """Student's with two degrees of freedom, by hand: differences 0, 0 and 2 points, 4.303 x 1.155 / sqrt(3)."""
+    base = answers(0.8, 0)
+    worse = base.copy()
+    worse[np.flatnonzero(base)[:8]] = False
+    mean, low, high = paired_interval([base] * 3, [base, base, worse])
+    assert mean == pytest.approx(2 / 3)
+    assert (high - mean, mean - low) == pytest.approx((2.868, 2.868), abs=0.001)
+
+
 def test_headline_takes_the_worst_mask_shape_against_movement() -> None:
     cost = {"trained_parameters": 10, "optimizer_bytes": 100}
     full = {"trained_parameters": 100, "optimizer_bytes": 900}
