@@ -2,8 +2,8 @@
 
 All servers run at the same time and are asked in turn, the idle ones waiting, each round in another order; every
 request has a prompt of its own, so that no cache of earlier prompts helps. All streams begin at once with a prompt of
-about 100 words and get 64 tokens; a rate counts those, over the time of the slowest stream, prompts included. A stream is
-fair if it does not take much longer than the others.
+about 100 words and get 64 tokens; a rate counts those, over the time of the slowest stream, prompts included. A stream
+is fair if it does not take much longer than the others.
 """
 
 from __future__ import annotations
