@@ -183,28 +183,33 @@ void run_layer(Team::Member& member, const Layer& layer, const Step& step, const
   float* floats = reinterpret_cast<float*>(own);
   const RowsOf before{block ? block : x, s.dtype, s.hidden}, residual{block ? x : nullptr, s.dtype, s.hidden};
   const RowsOf sum{block ? b.sum : x, s.dtype, s.hidden};
+  // One token's product takes as long as its weights are read, best in one go; more tokens' is worth to be balanced.
+  const auto multiply = [&](const LayerLinear& linear, void* y) {
+    const auto run = [&](int64_t begin, int64_t end) { linear.run(y, s.dtype, begin, end); };
+    s.tokens == 1 ? member.share(linear.blocks(), run) : member.claim(linear.blocks(), kPieceBlocks, run);
+  };
   member.each(s.tokens, [&](int64_t t) {
     k.rms_norm(before, residual, layer.attention_norm, s.hidden, s.eps, b.normed, b.sum, t, floats);
     layer.qkv.fill(b.normed, s.dtype, t, own);
   });
-  member.claim(layer.qkv.blocks(), kPieceBlocks, [&](int64_t begin, int64_t end) { layer.qkv.run(b.mixed, s.dtype, begin, end); });
+  multiply(layer.qkv, b.mixed);
   member.each(s.tokens, [&](int64_t t) { place_token(k, layer, step, b, t, floats); });
   member.claim(attention.parts(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) attention.attend(i, layer.keys, layer.values, own);
   });
   member.each(attention.jobs(), [&](int64_t i) { attention.merge(i, b.attended, own); });
   member.each(s.tokens, [&](int64_t t) { layer.o.fill(b.attended, s.dtype, t, own); });
-  member.claim(layer.o.blocks(), kPieceBlocks, [&](int64_t begin, int64_t end) { layer.o.run(b.projected, s.dtype, begin, end); });
+  multiply(layer.o, b.projected);
   member.each(s.tokens, [&](int64_t t) {
     k.rms_norm({b.projected, s.dtype, s.hidden}, sum, layer.mlp_norm, s.hidden, s.eps, b.normed, stream, t, floats);
     layer.up.fill(b.normed, s.dtype, t, own);
   });
-  member.claim(layer.up.blocks(), kPieceBlocks, [&](int64_t begin, int64_t end) { layer.up.run(b.expanded, s.dtype, begin, end); });
+  multiply(layer.up, b.expanded);
   member.each(s.tokens, [&](int64_t t) {
     k.silu_and_mul({b.expanded, s.dtype, 2 * s.inner}, s.inner, b.gated, t, floats);
     layer.down.fill(b.gated, s.dtype, t, own);
   });
-  member.claim(layer.down.blocks(), kPieceBlocks, [&](int64_t begin, int64_t end) { layer.down.run(out, s.dtype, begin, end); });
+  multiply(layer.down, out);
 }
 
 void check_step(const Tensor& positions, const Tensor& slots, const Tensor& table, int64_t tokens, int64_t capacity) {
