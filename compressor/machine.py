@@ -31,6 +31,15 @@ def available_processors() -> int:
     return min([own, *(math.ceil(quota / period) for quota, period in _quotas() if quota > 0)])
 
 
+def use_threads(chosen: int | None) -> None:
+    """Lets torch compute with so many threads; by default with as many as it takes, within this process's quota."""
+    import torch
+
+    threads = chosen or min(available_processors(), torch.get_num_threads())
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+
 def _memory_left() -> Iterator[int]:
     """Of each group, what its limit leaves; cached files that nobody has read again can be dropped."""
     for group in _groups("memory"):

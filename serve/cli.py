@@ -95,7 +95,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("bfloat16", "float32"), help="of activations (bfloat16)")
     cache = ("auto", "bfloat16", "int8", "fp8")
     add("--kv-cache-dtype", choices=cache, help="of keys and values (auto: the checkpoint's)")
-    add("--threads", type=int, metavar="N", help="threads for computing (all cores)")
+    add("--threads", type=int, metavar="N", help="threads for computing (all cores, or what a CPU quota is worth)")
     add("--no-prefix-caching", dest="prefix_caching", action="store_false", help="never reuse computed prompts")
     add("--prompt-lookup", type=int, metavar="N", help="guess up to N tokens from the text before, then verify (0)")
     add("--deterministic", action="store_true", help="answers never depend on what is computed beside them; slower")

@@ -90,7 +90,7 @@ class ServeOptions:
             raise ValueError(
                 "--tensor-parallel-size, --pipeline-parallel-size and arguments after -- need --runtime vllm"
             )
-        counts = {"threads": "all cores", "tensor_parallel_size": "one rank", "pipeline_parallel_size": "one rank"}
+        counts = {"threads": "the default", "tensor_parallel_size": "one rank", "pipeline_parallel_size": "one rank"}
         for name, otherwise in counts.items():
             if (count := getattr(self, name)) is not None and count < 1:
                 flag = f"--{name.replace('_', '-')}"

@@ -7,6 +7,7 @@ A field that would change the answer and is not served is refused by name rather
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -33,17 +34,28 @@ MAX_PROMPTS = 2048
 MAX_TOKENS = 2**20
 MAX_MESSAGES = 4096
 MAX_BIASES = 1024
-TEMPLATE_FIELDS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template"})
+TEMPLATE_FIELDS = frozenset({"messages", "tools", "add_generation_prompt", "chat_template"})
 INSTEAD = {
     "guided_regex": 'send structured_outputs: {"regex": ...}',
     "guided_choice": 'send structured_outputs: {"choice": [...]}',
     "guided_grammar": 'send structured_outputs: {"grammar": ...}',
     "bad_words": "send logit_bias with the ids of their tokens",
     "allowed_token_ids": "send structured_outputs with what may be written",
-    "functions": "send tools",
-    "function_call": "send tool_choice",
+    "logits_processors": "send logit_bias, or structured_outputs with what may be written",
+    "truncate_prompt_tokens": "send a prompt that fits",
+    "use_beam_search": "send n, and choose among the answers",
+    "prompt_logprobs": "send echo: true and logprobs to /v1/completions",
+    "prompt_embeds": "send the prompt as text or token ids",
 }
 """Fields that are refused, and what to send instead."""
+INSTEAD_IN_CHAT = {
+    "functions": "send tools",
+    "function_call": "send tool_choice",
+    "chat_template": "send a prompt that you have rendered to /v1/completions",
+    "add_special_tokens": "the chat template writes them; send a prompt of your own to /v1/completions",
+    "echo": "put the last message before the answer yourself",
+}
+"""The same of /v1/chat/completions alone."""
 
 
 def form(value: Any) -> str:
@@ -66,6 +78,12 @@ def _few(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_BIASES:
         raise ValueError(f"it has {len(value)} entries; up to {MAX_BIASES} are accepted")
     return value
+
+
+def _refused(value: Any, name: str | None, instead: Mapping[str, str]) -> None:
+    """Before the type is checked; what asks for nothing is accepted, as clients send their defaults."""
+    if value or type(value) in (int, float):
+        raise PydanticCustomError("not_served", "this is not served; {instead}", {"instead": instead[str(name)]})
 
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
@@ -189,6 +207,7 @@ class SamplingFields(Strict):
     stop: Annotated[Annotated[Stop, Tag("one")] | Annotated[Stops, Tag("many")], Discriminator(count)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MAX_BIASES), BeforeValidator(_few)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -196,6 +215,7 @@ class SamplingFields(Strict):
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    cache_salt: Text | None = None
     user: str | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -205,14 +225,16 @@ class SamplingFields(Strict):
     guided_grammar: None = None
     bad_words: None = None
     allowed_token_ids: None = None
+    logits_processors: None = None
+    truncate_prompt_tokens: None = None
+    use_beam_search: None = None
+    prompt_logprobs: None = None
+    prompt_embeds: None = None
 
-    @field_validator(*INSTEAD, mode="before", check_fields=False)
+    @field_validator(*INSTEAD, mode="before")
     @classmethod
-    def _not_served(cls, value: Any, info: ValidationInfo) -> Any:
-        if value:
-            instead = INSTEAD[str(info.field_name)]
-            raise PydanticCustomError("not_served", "this is not served; {instead}", {"instead": instead})
-        return None
+    def _not_served(cls, value: Any, info: ValidationInfo) -> None:
+        _refused(value, info.field_name, INSTEAD)
 
     @model_validator(mode="after")
     def _one_constraint(self) -> SamplingFields:
@@ -272,6 +294,7 @@ SAMPLING_NAMES = (
     "min_tokens",
     "include_stop_str_in_output",
     "skip_special_tokens",
+    "cache_salt",
 )
 
 
@@ -280,7 +303,6 @@ class CompletionRequest(SamplingFields):
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     suffix: Literal[""] | None = None
     add_special_tokens: bool | None = None
 
@@ -349,9 +371,9 @@ class Tool(Strict):
 
 
 def _variables(value: dict[str, Any]) -> dict[str, Any]:
-    """What a chat template is given besides its messages, tools and so on, which have fields of their own."""
+    """What a chat template is given besides its messages, tools and so on."""
     if taken := sorted(TEMPLATE_FIELDS & value.keys()):
-        raise ValueError(f"{taken[0]} cannot be given here, but as a field of its own")
+        raise ValueError(f"{taken[0]} is given to the template by the server itself; leave it out here")
     return value
 
 
@@ -368,10 +390,28 @@ class ChatCompletionRequest(SamplingFields):
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     chat_template_kwargs: TemplateVariables | None = None
+    documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    reasoning_effort: Text | None = None
     functions: None = None
     function_call: None = None
+    chat_template: None = None
+    add_special_tokens: None = None
+    echo: None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(None, json_schema_extra={"enum": [False, None]})
+
+    @field_validator(*INSTEAD_IN_CHAT, mode="before")
+    @classmethod
+    def _not_served_in_chat(cls, value: Any, info: ValidationInfo) -> None:
+        _refused(value, info.field_name, INSTEAD_IN_CHAT)
+
+    @model_validator(mode="after")
+    def _more_variables(self) -> ChatCompletionRequest:
+        """Templates that know documents or an effort find them among their variables."""
+        given = {"documents": self.documents, "reasoning_effort": self.reasoning_effort}
+        named = {name: value for name, value in given.items() if value is not None}
+        self.chat_template_kwargs = named | (self.chat_template_kwargs or {})
+        return self
 
     @field_validator("continue_final_message")
     @classmethod

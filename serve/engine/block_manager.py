@@ -1,9 +1,9 @@
 """The KV cache's blocks: a fixed number, shared by prefix, freed by reference count.
 
-A full block whose tokens are computed is registered under the digest of *all* tokens up to its end, so equal digests
-mean equal keys and values. Freed blocks keep their content until they are needed again, the least recently freed
-first: a later request with the same beginning takes them back. The digest is keyed with random bytes of this process,
-so that a client cannot construct two prompts that collide.
+A full block whose tokens are computed is registered under the digest of *all* tokens up to its end, and of the salt
+that the request came with, so equal digests mean equal keys and values. Freed blocks keep their content until they are
+needed again, the least recently freed first: a later request with the same beginning takes them back. The digest is
+keyed with random bytes of this process, so that a client cannot construct two prompts that collide.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class BlockManager:
         size = self.block_size
         while len(seq.block_digests) <= index:
             start = len(seq.block_digests) * size
-            before = seq.block_digests[-1] if seq.block_digests else b""
+            before = seq.block_digests[-1] if seq.block_digests else seq.params.cache_salt.encode()
             content = before + array("q", seq.tokens[start : start + size]).tobytes()
             seq.block_digests.append(hashlib.blake2b(content, digest_size=16, key=self._key).digest())
         return seq.block_digests[index]

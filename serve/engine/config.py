@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from compressor.machine import available_memory
+
 GIB = 2**30
 CACHE_DTYPES = ("auto", "bfloat16", "int8", "fp8")
 
@@ -93,6 +95,8 @@ class CacheNeeds(Protocol):
     def max_positions(self) -> int: ...
     @property
     def sliding_window(self) -> int | None: ...
+    @property
+    def sequence_bytes(self) -> int: ...
     def token_bytes(self, cache_dtype: str) -> int: ...
 
 
@@ -106,10 +110,11 @@ class CachePlan:
     max_model_len: int
     dtype: str = "bfloat16"
     note: str = ""
+    state_bytes: int = 0  # what sequences keep whatever their length
 
     @property
     def num_bytes(self) -> int:
-        return self.num_blocks * self.bytes_per_block
+        return self.num_blocks * self.bytes_per_block + self.state_bytes
 
     @property
     def max_blocks_per_seq(self) -> int:
@@ -124,19 +129,19 @@ def plan_cache(engine: EngineConfig, model: CacheNeeds, recorded_dtype: str | No
     dtype = (recorded_dtype or engine.dtype) if engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype
     per_token = model.token_bytes(dtype)
     per_block = per_token * engine.block_size
-    longest = _longest(engine, model)
-    budget = _budget(engine, per_token, longest)
-    num_blocks = max(budget // per_block, 1)
+    longest, states = _longest(engine, model), model.sequence_bytes * engine.max_num_seqs
+    budget = _budget(engine, per_token, longest, states)
+    num_blocks = max((budget - states) // per_block, 1)
     fits = num_blocks * engine.block_size
     if fits >= longest:
-        return CachePlan(num_blocks, engine.block_size, per_block, longest, dtype)
+        return CachePlan(num_blocks, engine.block_size, per_block, longest, dtype, state_bytes=states)
     if engine.max_model_len is not None:
         raise ValueError(
             f"the KV cache holds {fits} tokens ({budget / GIB:.2f} GiB), but --max-model-len is {longest}: "
-            f"give --kv-cache-gb {longest * per_token / GIB:.2f} or more, or lower --max-model-len"
+            f"give --kv-cache-gb {(longest * per_token + states) / GIB:.2f} or more, or lower --max-model-len"
         )
     note = f"limited to {fits} tokens of context by the KV cache; --kv-cache-gb raises it"
-    return CachePlan(num_blocks, engine.block_size, per_block, fits, dtype, note)
+    return CachePlan(num_blocks, engine.block_size, per_block, fits, dtype, note, states)
 
 
 def _longest(engine: EngineConfig, model: CacheNeeds) -> int:
@@ -148,24 +153,11 @@ def _longest(engine: EngineConfig, model: CacheNeeds) -> int:
     return engine.max_model_len
 
 
-def _budget(engine: EngineConfig, per_token: int, longest: int) -> int:
+def _budget(engine: EngineConfig, per_token: int, longest: int, states: int) -> int:
     if engine.kv_cache_gb is not None:
         return int(engine.kv_cache_gb * GIB)
-    wanted = per_token * max(engine.max_num_seqs * min(longest, 2048), longest)
+    wanted = states + per_token * max(engine.max_num_seqs * min(longest, 2048), longest)
     return min(wanted, available_memory() // 4)
-
-
-def available_memory() -> int:
-    """Bytes that can be taken without swapping, by the kernel's own estimate, within this process's cgroup."""
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        try:
-            available = min(available, int(path.read_text()))
-        except (OSError, ValueError):
-            continue
-    return available
 
 
 def cache_folder() -> Path:

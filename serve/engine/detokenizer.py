@@ -52,6 +52,8 @@ class _ByText:
     def push(self, token: int) -> str:
         self._tokens.append(token)
         before, now = self._decode(self._read), self._decode(len(self._tokens))
+        if now == before:  # nothing to show, so nothing that the next ones could belong to
+            self._read = len(self._tokens)
         pending = len(self._tokens) - self._read
         if len(now) <= len(before) or (now.endswith(REPLACEMENT) and pending <= MAX_PENDING):
             return ""
@@ -86,7 +88,7 @@ class TextStream:
     def push(self, token: int, may_stop: bool = True) -> str:
         """The text that may be shown now that `token` came, which may not stop it while too little is written."""
         piece = self._pieces.push(token)
-        return self._release(piece) if piece and self._stop and may_stop else piece
+        return self._release(piece, may_stop) if piece and self._stop else piece
 
     def finish(self) -> str:
         """The text still held back when no more tokens come; bytes that never became a character show as U+FFFD."""
@@ -101,10 +103,10 @@ class TextStream:
         held, self._held = self._held, ""
         return piece + held
 
-    def _release(self, piece: str) -> str:
-        text = self._held + piece
-        found = [(place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
-        if found:
+    def _release(self, piece: str, may_stop: bool = True) -> str:
+        text, old = self._held + piece, len(self._held) + 1
+        places = [(text.find(stop, max(0, old - len(stop))), stop) for stop in self._stop if may_stop]
+        if found := [hit for hit in places if hit[0] >= 0]:
             place, self.stopped_by = min(found, key=lambda hit: hit[0])
             shown, self._held = text[: place + len(self.stopped_by) * self._include_stop], ""
         else:

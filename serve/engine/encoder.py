@@ -19,6 +19,7 @@ from torch import Tensor
 
 from compressor.checkpoint import Checkpoint, check_manifest
 from compressor.checkpoint import read_json as checked_json
+from compressor.machine import use_threads
 from compressor.models import is_classifier
 from serve.engine.encoder_models import OFFSET, EncoderInput, EncoderModel, labels_of, load_encoder
 from serve.engine.sampler import NotFiniteError
@@ -83,8 +84,7 @@ class EncoderEngine:
     ) -> EncoderEngine:
         """Load a checkpoint folder; `settings` are fields of EncoderConfig; ValueError says what is wrong with it."""
         config, folder = config or EncoderConfig(**settings), Path(folder)
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        use_threads(config.num_threads)
         tokenizer = tokenizer or Tokenizer.from_folder(folder)
         checkpoint = Checkpoint.open(folder, verify=False)
         classifies = is_classifier(checkpoint.config.get("architectures"))

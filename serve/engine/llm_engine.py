@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compressor import kernels
+from compressor.machine import use_threads
 from serve.engine.block_manager import BlockManager
 from serve.engine.compiled import BackgroundCompiler, CompiledStep, can_compile, program_path
 from serve.engine.config import EngineConfig, plan_cache
@@ -33,7 +34,7 @@ from serve.engine.scheduler import Scheduled, Scheduler
 from serve.engine.sequence import Sequence, Status, TokenLogprobs
 from serve.engine.tokenizer import Tokenizer
 from serve.engine.transformers_model import TransformersRunner
-from serve.engine.weights import LoadedModel, load_model
+from serve.engine.weights import LoadedModel, eos_ids, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +91,8 @@ class LLMEngine:
         self.loaded = loaded
         self.tokenizer = tokenizer
         self.plan = plan_cache(config, loaded.config, loaded.kv_cache_dtype)
-        self.eos_token_ids = loaded.eos_token_ids or frozenset(
-            () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        )
+        loaded.decoder.reach(self.plan.max_model_len)
+        self.eos_token_ids = loaded.eos_token_ids | eos_ids(tokenizer.eos_token_id, loaded.config.vocab_size)
         self.runner, shares = self._runner(), isinstance(loaded.decoder, Decoder)
         if config.prompt_lookup and not shares:
             raise ValueError(f"--prompt-lookup is not served for {loaded.config.architecture}; leave it out")
@@ -126,8 +126,7 @@ class LLMEngine:
     ) -> LLMEngine:
         """Load a checkpoint folder; `settings` are fields of EngineConfig, `tokenizer` is the folder's, if loaded."""
         config = config or EngineConfig(**settings)
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        use_threads(config.num_threads)
         folder = Path(folder)
         tokenizer = tokenizer or Tokenizer.from_folder(folder)
         engine = cls(load_model(folder, config.dtype, config.deterministic), tokenizer, config)
@@ -262,18 +261,25 @@ class LLMEngine:
         prompts: Sequence_[str | list[int]],
         params: SamplingParams | Sequence_[SamplingParams] | None = None,
     ) -> list[GenerationOutput]:
-        """Answer every prompt (text or token ids), together; for benchmarks, tests and scripts."""
+        """Answer every prompt (text or token ids), together; for benchmarks, tests and scripts.
+
+        GrammarError or NotFiniteError when an answer cannot be finished: the others are dropped too.
+        """
         params = params or SamplingParams()
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         began = time.perf_counter()
         outputs: dict[int, GenerationOutput] = {}
-        for prompt, own in zip(prompts, each, strict=True):
-            tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            outputs[self.add(tokens, own).id] = GenerationOutput(tokens)
-        while any(output.finish_reason is None for output in outputs.values()):
-            for step in self.step():
-                if step.seq_id in outputs:
-                    _collect(outputs[step.seq_id], step, time.perf_counter() - began)
+        try:
+            for prompt, own in zip(prompts, each, strict=True):
+                tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                outputs[self.add(tokens, own).id] = GenerationOutput(tokens)
+            while any(output.finish_reason is None for output in outputs.values()):
+                for step in self.step():
+                    if step.seq_id in outputs:
+                        _collect(outputs[step.seq_id], step, time.perf_counter() - began)
+        finally:
+            for seq_id in outputs:
+                self.abort(seq_id)
         return list(outputs.values())
 
     def self_test(self) -> None:
@@ -390,6 +396,8 @@ class LLMEngine:
 
 
 def _collect(output: GenerationOutput, step: StepOutput, now: float) -> None:
+    if step.error is not None:
+        raise step.error
     output.text += step.text
     output.token_ids += step.tokens
     output.token_times += [now] * len(step.tokens)

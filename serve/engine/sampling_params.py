@@ -22,7 +22,7 @@ class SamplingParams:
 
     `temperature=0` is greedy. `top_k=0` and `min_p=0` mean "off". `logprobs=n` asks for the n likeliest tokens beside
     the chosen one at every step, `prompt_logprobs` for the same over the prompt. `grammar` (see `GrammarCompiler`)
-    bounds what may be written.
+    bounds what may be written. Computed prompts are shared among requests of the same `cache_salt`.
     """
 
     max_tokens: int | None = 16
@@ -45,6 +45,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     grammar: Grammar | None = None
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         _between("temperature", self.temperature, 0.0, 100.0)

@@ -89,11 +89,11 @@ class Scheduler:
             if count == 0 or not self._make_room(seq, seq.num_computed + count, step):
                 continue
             step.append(Scheduled(seq, seq.num_computed, count))
-            if self.propose is not None and seq.num_uncomputed == 1:
-                step += self._drafts(seq, self.propose(seq))
             budget -= count
         if self.num_preempted_in_step == 0:
-            self._admit(step, budget)
+            budget = self._admit(step, budget)
+            if self.propose is not None:
+                step += self._drafts(step, budget, self.propose)
         return step
 
     def commit(self, step: list[Scheduled]) -> None:
@@ -113,11 +113,18 @@ class Scheduler:
             count = min(self.fixed_chunk - seq.num_computed % self.fixed_chunk, seq.num_prompt - seq.num_computed)
         return count if count <= budget else 0
 
-    def _drafts(self, seq: Sequence, tokens: list[int]) -> list[Scheduled]:
-        """Guesses of what follows the last token of `seq`, if there are blocks for them."""
-        if not self.blocks.extend(seq, len(seq) + len(tokens)):
-            return []
-        return [Scheduled(seq, len(seq) + i, 1, token) for i, token in enumerate(tokens)]
+    def _drafts(self, step: list[Scheduled], budget: int, propose: Callable[[Sequence], list[int]]) -> list[Scheduled]:
+        """Guesses of what follows the sequences that decode, from the tokens and blocks that nobody else needs."""
+        drafts: list[Scheduled] = []
+        spare = max(0, self._admissible_blocks())
+        for seq in [item.seq for item in step if item.seq.num_uncomputed == 1]:
+            tokens = propose(seq)[: budget - len(drafts)] if len(drafts) < budget else []
+            missing = max(0, self.blocks.blocks_for(len(seq) + len(tokens)) - len(seq.block_table))
+            if missing <= spare:
+                spare -= missing
+                self.blocks.extend(seq, len(seq) + len(tokens))
+                drafts += [Scheduled(seq, len(seq) + i, 1, token) for i, token in enumerate(tokens)]
+        return drafts
 
     def _budget(self) -> int:
         self.num_preempted_in_step = 0
@@ -145,8 +152,8 @@ class Scheduler:
         self.num_preempted_in_step += 1
         self.waiting.appendleft(seq)
 
-    def _admit(self, step: list[Scheduled], budget: int) -> None:
-        """Start waiting sequences, first come first served, while tokens, seats and blocks last."""
+    def _admit(self, step: list[Scheduled], budget: int) -> int:
+        """Start waiting sequences, first come first served, while tokens, seats and blocks last; the tokens left."""
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
             self.blocks.match_prefix(seq, 1 if self.fixed_chunk is None else self.fixed_chunk // self.blocks.block_size)
@@ -154,7 +161,7 @@ class Scheduler:
             # A whole prompt must fit, not only its first chunk: half-admitted prompts would preempt one another.
             if not count or self.blocks.blocks_for(len(seq)) - len(seq.block_table) > self._admissible_blocks():
                 self.blocks.free(seq)
-                return
+                return budget
             self.blocks.extend(seq, seq.num_computed + count)
             self.blocks.prefix_queries += len(seq)
             self.blocks.prefix_hits += seq.num_computed
@@ -163,6 +170,7 @@ class Scheduler:
             self.running.append(seq)
             step.append(Scheduled(seq, seq.num_computed, count))
             budget -= count
+        return budget
 
     def _admissible_blocks(self) -> int:
         """Free blocks less those that admitted prompts have not taken yet."""

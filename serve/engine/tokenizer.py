@@ -150,9 +150,9 @@ class Tokenizer:
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as text; `variables` are what this model's template knows besides, `enable_thinking` say."""
-        own = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
+        own = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(self.special | dict(variables or {}) | own)
+            return self._template.render({"documents": None} | self.special | dict(variables or {}) | own)
         except Exception as error:  # whatever a template runs into
             raise ChatTemplateError(f"the model's chat template refused the messages: {error}") from error
 

@@ -10,6 +10,7 @@ Shapes: T tokens of the step, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from serve.engine.scheduler import Scheduled
 from serve.engine.sequence import Sequence
 from serve.quick_torch import complete_torch
 
+logger = logging.getLogger(__name__)
+
 NOTE = "through transformers: slower, one sequence after the other"
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 PROBE = 8  # tokens of the self-check
@@ -38,6 +41,7 @@ class TransformersConfig:
     vocab_size: int
     max_positions: int
     bytes_per_token: int
+    sequence_bytes: int = 0
     sliding_window: int | None = None  # the model's own cache forgets what lies behind it
 
     def token_bytes(self, cache_dtype: str) -> int:
@@ -56,12 +60,30 @@ class TransformersModel(nn.Module):
         config: Any = model.config
         text = config.get_text_config(decoder=True)
         positions = [value for name in POSITIONS if isinstance(value := getattr(text, name, None), int)]
-        bytes_per_token = self._check(architecture, text.vocab_size)
-        self.config = TransformersConfig(architecture, text.vocab_size, (*positions, 2048)[0], bytes_per_token)
+        needs = self._check(architecture, text.vocab_size)
+        self.config = TransformersConfig(architecture, text.vocab_size, (*positions, 2048)[0], *needs)
 
     @property
     def formats(self) -> tuple[str, ...]:
         return formats_of(self.model)
+
+    def reach(self, num_positions: int) -> None:
+        """Choose LongRoPE's factors for texts of up to so many tokens: once, before anything is computed.
+
+        transformers chooses them for each call by the last position in it, but the keys of one call meet the queries
+        of later ones, and suit none that were turned by other factors.
+        """
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        rotary: list[Any] = [m for m in self.model.modules() if getattr(m, "rope_type", None) == "longrope"]
+        for module in rotary:
+            own = module.config.rope_parameters
+            if num_positions > (short := own["original_max_position_embeddings"]):
+                own |= {f"short_{kind}": own[f"long_{kind}"] for kind in ("factor", "mscale") if f"long_{kind}" in own}
+                module.inv_freq = module.original_inv_freq = ROPE_INIT_FUNCTIONS["longrope"](module.config)[0]
+                logger.warning(
+                    "LongRoPE's long factors serve all texts; --max-model-len %d takes the short ones", short
+                )
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache
@@ -76,8 +98,8 @@ class TransformersModel(nn.Module):
         return found[0, -rows:].float()
 
     @torch.inference_mode()
-    def _check(self, architecture: str, vocab_size: int) -> int:
-        """Bytes of cache a token; ValueError unless a text in pieces gives what it gives whole."""
+    def _check(self, architecture: str, vocab_size: int) -> tuple[int, int]:
+        """Bytes of cache a token and a sequence; ValueError unless a text in pieces gives what it gives whole."""
         if "past_key_values" not in inspect.signature(self.model.forward).parameters:
             raise ValueError(f"{architecture} keeps no cache of keys and values; the torch runtime cannot serve it")
         tokens = [(7 * i + 5) % vocab_size for i in range(PROBE)]
@@ -87,8 +109,14 @@ class TransformersModel(nn.Module):
             pieces = self.logits(part, cache, 1)
         if bool(torch.isfinite(whole).all()) and (pieces - whole).norm() > 0.1 * whole.norm():
             raise ValueError(f"{architecture} does not go on from its cache exactly; the torch runtime cannot serve it")
-        stored = [t.nbytes for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
-        return max(1, sum(stored) // PROBE)
+        grown = [getattr(layer, kind, None) for layer in cache.layers for kind in ("keys", "values")]
+        states = [getattr(layer, kind, {}) for layer in cache.layers for kind in ("conv_states", "recurrent_states")]
+        fixed = [tensor for kind in states for tensor in kind.values()]
+        return max(1, _bytes(grown) // PROBE), _bytes(fixed)
+
+
+def _bytes(tensors: list[Any]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def formats_of(model: nn.Module) -> tuple[str, ...]:

@@ -30,7 +30,6 @@ from serve.engine.models.linears import (
     plain_embedding,
     plain_linear,
 )
-from serve.engine.models.rotary import rotary_table
 from serve.engine.tokenizer import read_json
 from serve.engine.transformers_model import NOTE, TransformersConfig, TransformersModel, load_with_transformers
 
@@ -68,9 +67,9 @@ def load_model(folder: Path, dtype: str = "bfloat16", deterministic: bool = Fals
         config=decoder.config,
         decoder=decoder,
         formats=formats,
-        eos_token_ids=_eos(eos, decoder.config.vocab_size),
+        eos_token_ids=eos_ids(eos, decoder.config.vocab_size),
         generation_defaults=generation,
-        kv_cache_dtype=checkpoint.quantization.kv_cache_dtype,
+        kv_cache_dtype=_recorded_dtype(checkpoint, decoder),
     )
 
 
@@ -88,6 +87,16 @@ def _decoder(
     return loader.decoder().eval(), tuple(sorted(loader.formats))
 
 
+def _recorded_dtype(checkpoint: Checkpoint, decoder: Decoder | TransformersModel) -> str | None:
+    """The dtype of keys and values that the checkpoint asks for, where it can be served."""
+    recorded = checkpoint.quantization.kv_cache_dtype
+    if isinstance(decoder, Decoder) or recorded in (None, "bfloat16"):
+        return recorded
+    says = "%s keeps keys and values as it computes them, not in %s as the checkpoint asks"
+    logger.warning(says, decoder.config.architecture, recorded)
+    return None
+
+
 def bytes_of(model: nn.Module) -> int:
     """Bytes of all weights as they lie in memory, shared ones counted once."""
     seen: dict[int, int] = {}
@@ -102,7 +111,8 @@ def _owned(buffer: Tensor) -> bool:
     return buffer.untyped_storage().nbytes() <= 2 * buffer.nbytes
 
 
-def _eos(value: Any, vocab_size: int) -> frozenset[int]:
+def eos_ids(value: Any, vocab_size: int) -> frozenset[int]:
+    """The tokens that a configuration names as the end of an answer: one, several or none, of those that there are."""
     ids = value if isinstance(value, list) else [value]
     return frozenset(i for i in ids if isinstance(i, int) and 0 <= i < vocab_size)
 
@@ -128,10 +138,9 @@ class _Loader:
         embed = self._embedding(self._name(names.embed))
         head = self._head(embed)
         layers = [self._layer(i) for i in range(config.num_layers)]
-        table = None if config.rope is None else rotary_table(config.rope, config.head_dim, config.max_positions)
         positions = None if names.positions is None else self._tensor(self._name(names.positions) + ".weight")
         norm = self._norm(self._name(names.final_norm))
-        return Decoder(config, embed, positions, layers, norm, head, table, self.dtype)
+        return Decoder(config, embed, positions, layers, norm, head, self.dtype)
 
     def _layer(self, i: int) -> DecoderLayer:
         config, names = self.config, self.config.names
@@ -171,7 +180,9 @@ class _Loader:
         parts = zip(names, sizes, strict=True)
         return SideBySide([self._linear([name], in_features, size, bias) for name, size in parts])
 
-    def _linear(self, names: list[str], in_features: int, out_features: int, bias: bool) -> nn.Module:
+    def _linear(
+        self, names: list[str], in_features: int, out_features: int, bias: bool, float_out: bool = False
+    ) -> nn.Module:
         scheme = self.checkpoint.scheme_of(names[0])
         tensors = self.checkpoint.linear(names)
         if bias != ("bias" in tensors):
@@ -181,13 +192,13 @@ class _Loader:
             if self.config.conv1d and names[0] != self.config.names.lm_head:  # GPT-2 stores its linears as [in, out]
                 weight = weight.t()
             weight = self._plain(names[0], weight, (out_features, in_features))
-            return self.wrap(plain_linear(weight, tensors["bias"].to(self.dtype) if bias else None))
+            return self.wrap(plain_linear(weight, tensors["bias"].to(self.dtype) if bias else None, float_out))
         if bias:
             tensors["bias"] = tensors["bias"].to(getattr(torch, scheme.dtype))
         with torch.device("meta"):
             stored = CompressedLinear(in_features, out_features, scheme, bias=bias)
         self._fill(stored, names[0], tensors)
-        return self.wrap(packed_linear(stored))
+        return self.wrap(packed_linear(stored, float_out))
 
     def _embedding(self, name: str) -> nn.Module:
         config, scheme = self.config, self.checkpoint.scheme_of(name)
@@ -207,9 +218,10 @@ class _Loader:
 
     def _head(self, embed: nn.Module) -> nn.Module:
         config, name = self.config, self.config.names.lm_head
-        if any(stored.startswith(f"{name}.") for stored in self.stored) and not config.tied:
-            return self._linear([name], config.hidden_size, config.vocab_size, bias=False)
-        if not config.tied:
+        tied = self._is_tied()
+        if any(stored.startswith(f"{name}.") for stored in self.stored) and not tied:
+            return self._linear([name], config.hidden_size, config.vocab_size, bias=False, float_out=True)
+        if not tied:
             raise ValueError(f"the checkpoint has no {name}, and config.json does not tie it to the embedding")
         if isinstance(embed, KernelEmbedding | PlainEmbedding):
             return self.wrap(embed.head())
@@ -218,6 +230,14 @@ class _Loader:
             head = CompressedLinear(config.hidden_size, config.vocab_size, embed.scheme)
         tie(head, embed)
         return self.wrap(head)
+
+    def _is_tied(self) -> bool:
+        """Whether the embedding is the head too; one that a dense folder stores beside it, and differs, was trained."""
+        names = [f"{self._name(self.config.names.embed)}.weight", f"{self.config.names.lm_head}.weight"]
+        if not self.config.tied or not self.stored.issuperset(names):
+            return self.config.tied
+        embedding, head = map(self.checkpoint.tensor, names)
+        return torch.equal(embedding, head)
 
     def _fill(self, module: PackedModule, name: str, tensors: dict[str, Tensor]) -> None:
         try:

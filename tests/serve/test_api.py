@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse
 
 from serve.api import completions, parsing
 from serve.api.app import build_app
@@ -191,6 +193,7 @@ def test_tools_reach_the_chat_template(
     shutil.copytree(tiny_folder("llama"), folder)
     template = (
         "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m | tojson }}{% endfor %}{{ mood }}"
+        "{% if documents %}{{ documents[0].text }}{% endif %}{{ reasoning_effort }}"
     )
     (folder / "chat_template.jinja").write_text(template)
     own = LLMEngine.from_folder(folder, dtype="float32", kv_cache_gb=0.01, compile=False)
@@ -224,6 +227,11 @@ def test_tools_reach_the_chat_template(
         body = {"messages": messages, "max_tokens": 1, "chat_template_kwargs": {"mood": "cheerful", "self": 1}}
         assert ask(own, path, body).status_code == 200
     assert seen == [withheld + "cheerful"] * 2
+    seen.clear()
+    own_fields = {"documents": [{"text": "It rains."}], "reasoning_effort": "low"}
+    for body in (own_fields, {"chat_template_kwargs": own_fields}):
+        assert ask(own, "/v1/chat/completions", CHAT | {"messages": messages} | body).status_code == 200
+    assert seen == [withheld + "It rains.low"] * 2
 
 
 def test_templates_may_mark_what_the_model_writes(tiny_folder: Callable[[str], Path]) -> None:
@@ -413,6 +421,19 @@ def test_bad_completion_bodies_get_400(engine: LLMEngine) -> None:
         {"function_call": "auto"},
         {"bad_words": ["a"]},
         {"allowed_token_ids": [1]},
+        {"truncate_prompt_tokens": -1},
+        {"use_beam_search": True},
+        {"prompt_logprobs": 0},
+        {"logits_processors": ["f"]},
+        {"prompt_embeds": "AAAA"},
+        {"best_of": 2},
+        {"echo": True},
+        {"add_special_tokens": True},
+        {"chat_template": "{{ messages }}"},
+        {"chat_template_kwargs": {"chat_template": "x"}},
+        {"documents": "text"},
+        {"reasoning_effort": 3},
+        {"cache_salt": ""},
         {"response_format": {"type": "json_schema"}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}}}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}},
@@ -472,6 +493,27 @@ def test_a_field_that_is_not_served_is_named_with_what_is(engine: LLMEngine) -> 
     assert error["param"] == "guided_regex" and '{"regex": ...}' in error["message"]
 
 
+def test_defaults_of_what_is_not_served_are_accepted(engine: LLMEngine) -> None:
+    """As clients send them."""
+    none = ("chat_template", "documents", "reasoning_effort", "prompt_logprobs", "truncate_prompt_tokens", "cache_salt")
+    body = dict.fromkeys((*none, "logits_processors", "prompt_embeds", "functions", "bad_words"))
+    body |= {"use_beam_search": False, "length_penalty": 1.0, "best_of": 1, "logits_processors": [], "echo": False}
+    assert ask(engine, "/v1/completions", TEXT | body | {"add_special_tokens": True}).status_code == 200
+    assert ask(engine, "/v1/chat/completions", CHAT | body | {"add_special_tokens": False}).status_code == 200
+    for field, value in (("use_beam_search", True), ("prompt_logprobs", 1), ("truncate_prompt_tokens", 5)):
+        refused = ask(engine, "/v1/completions", TEXT | {field: value})
+        assert_error(refused, 400)
+        assert refused.json()["error"]["param"] == field
+
+
+def test_prompts_are_shared_within_a_salt(engine: LLMEngine) -> None:
+    body = TEXT | {"prompt": list(range(3, 100))}
+    salts = ["one", "two", "one"]
+    answers = [ask(engine, "/v1/completions", body | {"cache_salt": salt}).json() for salt in salts]
+    assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in answers] == [0, 0, 96]
+    assert len({one["choices"][0]["text"] for one in answers}) == 1
+
+
 def test_content_parts_are_joined(engine: LLMEngine) -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     body = CHAT | {"messages": [{"role": "user", "content": parts}]}
@@ -528,6 +570,24 @@ def test_every_route_but_health_and_the_page_wants_the_key(engine: LLMEngine) ->
             assert (await client.get("/health")).status_code == 200
             assert (await client.get("/")).status_code == 200
             assert_error(await client.get("/invocations"), 401)
+
+    asyncio.run(go())
+
+
+def test_a_browser_may_ask_without_the_key_what_it_may_send() -> None:
+    """A preflight carries none, and CORS answers it before any route; without an Origin it would reach the route."""
+
+    async def go() -> None:
+        whole = {"origin": "http://page", "access-control-request-method": "POST"}
+        app = CORSMiddleware(PlainTextResponse("served"), allow_origins=["*"], allow_methods=["*"])
+        transport = httpx.ASGITransport(app=Gate(app, "sesame", Limits()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            answer = await client.options("/v1/models", headers=whole)
+            assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "*")
+            assert answer.text != "served"
+            assert_error(await client.post("/v1/models", headers=whole), 401)
+            for name in whole:
+                assert_error(await client.options("/v1/models", headers={name: whole[name]}), 401)
 
     asyncio.run(go())
 

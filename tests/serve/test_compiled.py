@@ -77,6 +77,12 @@ def test_programs_are_of_one_processor(tiny_folder: Folder, monkeypatch: pytest.
     assert program_path(decoder, 16, "bfloat16") != here
 
 
+@needs_kernels
+def test_programs_serve_any_length(tiny_folder: Folder) -> None:
+    short, long = (load(tiny_folder("llama"), compile=False, max_model_len=length) for length in (64, 512))
+    assert len({program_path(engine.loaded.decoder, 16, "bfloat16") for engine in (short, long)}) == 1
+
+
 def test_what_cannot_be_compiled_stays_eager(tiny_folder: Folder) -> None:
     engine = load(tiny_folder("llama"), dtype="float32")
     assert not can_compile(engine.loaded.decoder)

@@ -84,6 +84,18 @@ def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
     assert sum(map(len, out)) >= 30
 
 
+def test_tokens_without_text_do_not_cut_a_character() -> None:
+    class Gaps(Bytes):
+        """Whose token 256 has no text, as special ones have none."""
+
+        def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
+            return super().decode([token for token in tokens if token < 256])
+
+    stream = TextStream(Gaps(), [])
+    out = [stream.push(token) for token in [*b"a", *[256] * 8, *"🎉".encode(), *[256] * 8, *"é".encode()]]
+    assert [piece for piece in out if piece] == ["a", "🎉", "é"]
+
+
 @pytest.mark.parametrize(
     ("text", "stop", "shown", "by"),
     [
@@ -104,6 +116,28 @@ def test_stop_strings(text: str, stop: tuple[str, ...], shown: str, by: str | No
 def test_stop_string_may_be_included() -> None:
     out, _ = pieces("hello world", ("o w",), include=True)
     assert "".join(out) == "hello w"
+
+
+@pytest.mark.parametrize("decoder", [Bytes(), Fast()])
+@pytest.mark.parametrize(
+    ("early", "late", "stop", "shown", "by"),
+    [
+        ("EN", "D x", ("END",), "", "END"),
+        ("an END, EN", "D x", ("END",), "an END, ", "END"),
+        ("EN", "x", ("END", "N"), "ENx", None),
+        ("aa", "a", ("aa",), "a", "aa"),
+    ],
+)
+def test_a_stop_string_may_begin_where_none_may_end(
+    decoder: Bytes, early: str, late: str, stop: tuple[str, ...], shown: str, by: str | None
+) -> None:
+    stream = TextStream(decoder, [], stop)
+    out = [stream.push(token, may_stop=False) for token in early.encode()]
+    for token in late.encode():
+        out.append(stream.push(token))
+        if stream.stopped_by is not None:
+            break
+    assert ("".join(out) + stream.finish(), stream.stopped_by) == (shown, by)
 
 
 @given(st.text("ab", max_size=30), st.text("ab", min_size=1, max_size=4))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from serve.engine.config import EngineConfig, plan_cache
-from serve.engine.llm_engine import LLMEngine
+from serve.engine.llm_engine import LLMEngine, NotFiniteError
 from serve.engine.models.config import parse_config
 from serve.engine.sampling_params import SamplingParams
+from serve.engine.scheduler import Scheduled
 from serve.engine.tokenizer import read_json
 
 Folder = Callable[[str], Path]
@@ -119,8 +122,35 @@ def test_end_token_and_stop_token_end_the_answer(tiny_folder: Folder) -> None:
     assert longer.token_ids.index(2) == 5
 
 
+def test_the_tokenizers_end_ends_too(tiny_folder: Folder, tmp_path: Path) -> None:
+    """Beside the tokens that the configurations name, and by itself."""
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_folder("llama"), folder)
+    end = load(folder).tokenizer.eos_token_id
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9999]}')
+    assert load(folder).eos_token_ids == {7, end}
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert load(folder).eos_token_ids == {end}
+
+
+def test_an_answer_that_fails_is_not_swallowed(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load(tiny_folder("llama"))
+    sample = engine.runner.sample_logits
+
+    def damaged(hidden: torch.Tensor, step: list[Scheduled]) -> torch.Tensor:
+        logits = sample(hidden, step).clone()
+        logits[0] = float("nan")
+        return logits
+
+    monkeypatch.setattr(engine.runner, "sample_logits", damaged)
+    with pytest.raises(NotFiniteError, match="NaN"):
+        engine.generate(prompts(3), GREEDY)
+    assert engine.blocks.num_used == 0 and not engine.has_work
+    monkeypatch.undo()
+    assert len(engine.generate(prompts(1), GREEDY)[0].token_ids) == 20
+
+
 def test_prompt_logprobs_equal_transformers(tiny_folder: Folder) -> None:
-    import torch
     from transformers import AutoModelForCausalLM
 
     engine = load(tiny_folder("llama"), max_num_batched_tokens=32)

@@ -142,7 +142,11 @@ def test_grammar_that_becomes_too_complex_ends_its_own_answer_only(
     plain = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     guided = SamplingParams(max_tokens=4, temperature=0.0, grammar=engine.grammars.compile(ANY_OBJECT))
     monkeypatch.setattr(grammars.Matcher, "forbid", give_up)
-    failed, whole = engine.generate([[5], [6]], [guided, plain])
-    assert failed.finish_reason == "error"
-    assert len(whole.token_ids) == 4
-    assert engine.blocks.num_used == 0
+    failed, whole = engine.add([5], guided), engine.add([6], plain)
+    outputs = [output for _ in range(4) for output in engine.step()]
+    assert [output.seq_id for output in outputs if isinstance(output.error, GrammarError)] == [failed.id]
+    assert (failed.finish_reason, whole.num_generated, whole.finish_reason) == ("error", 4, "length")
+    assert engine.blocks.num_used == 0 and not engine.has_work
+    with pytest.raises(GrammarError, match="too complex"):
+        engine.generate([[5], [6]], [guided, plain])
+    assert engine.blocks.num_used == 0 and not engine.has_work

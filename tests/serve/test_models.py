@@ -121,6 +121,36 @@ def test_rotary_scaling_equals_transformers(parameters: dict[str, float], theta:
     torch.testing.assert_close(table, torch.cat((expected.cos(), expected.sin()), -1) * scale, atol=5e-4, rtol=0)
 
 
+def test_stretched_positions_are_served(tiny_folder: Folder, tmp_path: Path) -> None:
+    """YaRN as Qwen documents it, with max_position_embeddings as it was; tables are as long as what is served."""
+    folder = tmp_path / "stretched"
+    shutil.copytree(tiny_folder("qwen3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    (folder / "config.json").write_text(json.dumps(config))
+    long, short = (
+        LLMEngine.from_folder(folder, dtype="float32", kv_cache_gb=0.01, compile=False, max_model_len=length)
+        for length in (None, 40)
+    )
+    assert (long.max_model_len, short.max_model_len) == (2048, 40)
+    table = long.loaded.decoder.get_buffer("cos_sin")
+    assert len(table) == 2048
+    assert torch.equal(short.loaded.decoder.get_buffer("cos_sin"), table[:40])
+    tokens = PROMPT * 40
+    with torch.inference_mode():
+        expected = reference(folder)(torch.tensor([tokens])).logits[0, 500:]
+    torch.testing.assert_close(engine_logits(long, tokens)[500:], expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"rope_type": "linear"}, {"type": "yarn", "factor": None}, {"rope_type": "llama3", "factor": 8.0}]
+)
+def test_a_rotary_scaling_without_its_numbers_is_refused(tiny_folder: Folder, parameters: dict[str, object]) -> None:
+    config = json.loads((tiny_folder("llama") / "config.json").read_text()) | {"rope_parameters": parameters}
+    with pytest.raises(ValueError, match=r"needs a number as (factor|low_freq_factor), but has None"):
+        parse_config(config)
+
+
 def test_unknown_architecture_lists_what_is_served() -> None:
     with pytest.raises(ValueError, match="unsupported architecture FooForCausalLM") as caught:
         parse_config({"architectures": ["FooForCausalLM"]})
@@ -178,6 +208,41 @@ def test_layers_stored_differently_side_by_side(tiny_folder: Folder, tmp_path: P
     assert engine.loaded.formats == ("dense", "int8")
     expected = engine_logits(exact, PROMPT)
     assert (engine_logits(engine, PROMPT) - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.skipif(not available(), reason="the CPU kernels are not installed")
+def test_a_packed_head_of_its_own_rounds_no_logits(tiny_folder: Folder, tmp_path: Path) -> None:
+    """As one that is tied to the embedding."""
+    from safetensors.torch import load_file, save_file
+
+    folder, scheme = tmp_path / "untied", Scheme("int8", 32)
+    shutil.copytree(tiny_folder("mistral"), folder)
+    stored = load_file(folder / "model.safetensors")
+    tensors = make_format(scheme).pack(rtn(stored.pop("lm_head.weight"), None, scheme))
+    save_file(stored | {f"lm_head.{part}": t for part, t in tensors.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = QuantizationConfig.from_schemes({"lm_head": scheme}).to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_manifest(folder)
+    logits = engine_logits(LLMEngine.from_folder(folder, kv_cache_gb=0.01, compile=False), PROMPT)
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_a_head_that_was_trained_is_not_tied_again(tiny_folder: Folder, tmp_path: Path) -> None:
+    """Fine-tunes of tied models store a head of their own and leave the flag."""
+    from safetensors.torch import load_file, save_file
+
+    source = tiny_folder("llama")
+    assert json.loads((source / "config.json").read_text())["tie_word_embeddings"]
+    stored = load_file(source / "model.safetensors")
+    table = stored["model.embed_tokens.weight"]
+    found = []
+    for number, head in enumerate((table.clone(), table.flip(0).contiguous())):
+        folder = Path(shutil.copytree(source, tmp_path / str(number)))
+        save_file(stored | {"lm_head.weight": head}, folder / "model.safetensors")
+        engine = LLMEngine.from_folder(folder, dtype="float32", kv_cache_gb=0.01, compile=False)
+        found.append(engine_logits(engine, PROMPT))
+    assert torch.allclose(found[0].flip(-1), found[1], atol=1e-4)
 
 
 def test_missing_weight_and_tokenizer_are_refused(tiny_folder: Folder, tmp_path: Path) -> None:

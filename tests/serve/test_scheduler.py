@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -28,6 +29,18 @@ def test_equal_beginnings_share_blocks() -> None:
     assert blocks.num_used == 2
     blocks.free(second)
     assert blocks.num_used == 0
+
+
+def test_blocks_are_shared_within_a_salt() -> None:
+    blocks, found = BlockManager(16, 4), []
+    for salt in ("", "a", "b", "a"):
+        seq = Sequence(list(range(9)), SamplingParams(cache_salt=salt))
+        blocks.match_prefix(seq)
+        found.append(seq.num_computed)
+        blocks.extend(seq, 9)
+        seq.num_computed = 9
+        blocks.register_full(seq, 0)
+    assert found == [0, 0, 0, 8]
 
 
 def test_a_whole_cached_prompt_leaves_one_token_to_compute() -> None:
@@ -99,6 +112,29 @@ def test_first_come_first_served() -> None:
     for seq in sequences:
         scheduler.add(seq)
     assert [item.seq for item in scheduler.schedule()] == sequences[:2]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tokens", "waiting", "guesses"),
+    [(64, 64, 0, [5, 5]), (4, 64, 0, []), (5, 64, 0, [5]), (64, 9, 0, [5, 2]), (64, 9, 6, [1]), (6, 64, 8, [])],
+)
+def test_guesses_take_what_is_left(blocks: int, tokens: int, waiting: int, guesses: list[int]) -> None:
+    """Of blocks and of tokens, after what running sequences must compute and prompts that wait."""
+    scheduler = Scheduler(BlockManager(blocks, 4, prefix_caching=False), 4, tokens, 64, propose=lambda _: [7] * 5)
+    running = [Sequence([1, 2, 3, 4], PARAMS) for _ in range(2)]
+    for seq in running:
+        scheduler.add(seq)
+    scheduler.commit(scheduler.schedule())
+    for seq in running:
+        seq.append(5)
+    if waiting:
+        scheduler.add(Sequence([1] * waiting, PARAMS))
+    step = scheduler.schedule()
+    must = [item for item in step if item.draft is None]
+    assert scheduler.num_preemptions == 0 and [item.count for item in must] == [1, 1, waiting][: 2 + bool(waiting)]
+    found = Counter(item.seq.id for item in step if item.draft is not None)
+    assert [found[seq.id] for seq in running if found[seq.id]] == guesses
+    assert sum(item.count for item in step) <= tokens
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -21,12 +21,14 @@ from tests.serve.conftest import VOCAB, write_tokenizer
 from tests.serve.test_models import PROMPT, reference
 
 Folder = Callable[[str], Path]
-FAMILIES = ("gemma2", "gpt_neox", "falcon", "opt-350m")
+FAMILIES = ("gemma2", "gpt_neox", "falcon", "opt-350m", "lfm2", "qwen3-next")
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
 
 
 def foreign_model(family: str) -> Any:
-    """Random models: windowed layers and capped scores; partly rotary; ALiBi; norms after the blocks, a projection."""
+    """Random models: windowed layers and capped scores; partly rotary; ALiBi; norms after the blocks, a projection;
+    convolutions, and recurrent states, in some layers; rotary positions for short texts and for long ones.
+    """
     import transformers as t
 
     torch.manual_seed(0)
@@ -40,6 +42,20 @@ def foreign_model(family: str) -> Any:
         return t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**shared, **sizes, **more))
     if family == "falcon":
         return t.FalconForCausalLM(t.FalconConfig(**shared, **sizes, alibi=True, initializer_range=0.2))
+    if family == "lfm2":
+        more = {"num_key_value_heads": 2, "intermediate_size": 128, "layer_types": ["conv", "full_attention"]}
+        return t.Lfm2ForCausalLM(t.Lfm2Config(**shared, **sizes, **more, initializer_range=0.2))
+    if family == "qwen3-next":
+        more = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "max_position_embeddings": 256}
+        more |= {"layer_types": ["linear_attention", "full_attention"], "num_experts": 2, "num_experts_per_tok": 1}
+        more |= {f"linear_{kind}_head_dim": 16 for kind in ("key", "value")}
+        more |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        more |= {f"{kind}_intermediate_size": 32 for kind in ("moe", "shared_expert")}
+        return t.Qwen3NextForCausalLM(t.Qwen3NextConfig(**shared, **sizes, **more, initializer_range=0.2))
+    if family == "phi3":
+        rotary = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
+        more = {"intermediate_size": 128, "max_position_embeddings": 256, "original_max_position_embeddings": 64}
+        return t.Phi3ForCausalLM(t.Phi3Config(**shared, **sizes, **more, rope_parameters=rotary, initializer_range=0.2))
     sizes |= {"ffn_dim": 128, "word_embed_proj_dim": 32, "max_position_embeddings": 256}
     return t.OPTForCausalLM(t.OPTConfig(**shared, **sizes, do_layer_norm_before=False, init_std=0.2))
 
@@ -77,6 +93,43 @@ def test_greedy_equals_transformers(folder_of: Folder, family: str) -> None:
     answers = engine.generate(prompts, GREEDY)
     assert [answer.token_ids for answer in answers] == [expected_tokens(folder_of(family), p) for p in prompts]
     assert engine.blocks.num_used == 0 and not engine.compiled
+
+
+@pytest.mark.parametrize("length", [20, 50, 100])
+def test_factors_of_long_texts_do_not_change_on_the_way(
+    folder_of: Folder, caplog: pytest.LogCaptureFixture, length: int
+) -> None:
+    """Below the 64 tokens that the short ones are for, across them, and above: as transformers has it in one call."""
+    folder, prompt = folder_of("phi3"), [(7 * i + 5) % VOCAB for i in range(length)]
+    settings = {"dtype": "float32", "kv_cache_gb": 0.01, "max_num_seqs": 4, "max_num_batched_tokens": 40}
+    [answer] = LLMEngine.from_folder(folder, **settings).generate([prompt], GREEDY)
+    assert "--max-model-len 64" in caplog.text
+    whole = [*prompt, *answer.token_ids, *[9] * 64]
+    with torch.inference_mode():
+        likeliest = reference(folder)(torch.tensor([whole])).logits[0].argmax(-1).tolist()
+    assert answer.token_ids == likeliest[length - 1 : length + 19]
+    if length == 20:
+        [short] = LLMEngine.from_folder(folder, **settings, max_model_len=64).generate([prompt], GREEDY)
+        assert short.token_ids == expected_tokens(folder, prompt) != answer.token_ids
+
+
+def test_states_of_sequences_count(folder_of: Folder) -> None:
+    """Of one that LFM2's convolution keeps, beside a token's 256 bytes: 64 channels of 3 numbers."""
+    engine = LLMEngine.from_folder(folder_of("lfm2"), dtype="float32", kv_cache_gb=1e-3, max_num_seqs=100)
+    assert engine.loaded.config.sequence_bytes == 64 * 3 * 4
+    assert engine.plan.num_blocks == (2**30 // 1000 - 100 * 768) // (16 * 256)
+    assert engine.kv_cache_bytes <= 2**30 // 1000
+
+
+def test_a_cache_that_the_checkpoint_asks_for_in_vain(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    foreign_model("gpt_neox").to(torch.bfloat16).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = QuantizationConfig({}, kv_cache_dtype="int8").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_manifest(tmp_path)
+    assert LLMEngine.from_folder(tmp_path, kv_cache_gb=0.01).plan.dtype == "bfloat16"
+    assert "not in int8 as the checkpoint asks" in caplog.text
 
 
 def test_preempted_sequences_lose_nothing(folder_of: Folder) -> None:

@@ -81,6 +81,13 @@ class Rope:
     kind: str = "default"
     parameters: Mapping[str, Any] | None = None
 
+    @property
+    def stretched_to(self) -> int:
+        """The positions that YaRN's frequencies are made for, which config.json need not say again; 0: another kind."""
+        if self.kind != "yarn" or self.parameters is None:
+            return 0
+        return int(self.parameters["original_max_position_embeddings"] * self.parameters["factor"])
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -114,6 +121,11 @@ class ModelConfig:
         return 2 * self.num_layers * self.num_kv_heads * row_bytes(self.head_dim, cache_dtype_of(cache_dtype))
 
     @property
+    def sequence_bytes(self) -> int:
+        """Bytes that a sequence keeps besides: none."""
+        return 0
+
+    @property
     def scale(self) -> float:
         return float(self.head_dim**-0.5)
 
@@ -133,7 +145,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
 
 def _llama(architecture: str, config: Mapping[str, Any]) -> ModelConfig:
     """Llama, Mistral, Qwen2, Qwen3: RMS norm, rotary positions, gated MLP; they differ in biases and qk-norm."""
-    heads = config["num_attention_heads"]
+    heads, rope = config["num_attention_heads"], _rope(config)
     qwen2, qwen3 = architecture.startswith("Qwen2"), architecture.startswith("Qwen3")
     window = config.get("sliding_window")
     if qwen2 or qwen3:
@@ -149,7 +161,7 @@ def _llama(architecture: str, config: Mapping[str, Any]) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        max_positions=config.get("max_position_embeddings", 2048),
+        max_positions=max(config.get("max_position_embeddings", 2048), rope.stretched_to),
         norm_eps=config.get("rms_norm_eps", 1e-6),
         activation=_activation(config.get("hidden_act", "silu"), ("silu",)),
         rms_norm=True,
@@ -159,7 +171,7 @@ def _llama(architecture: str, config: Mapping[str, Any]) -> ModelConfig:
         mlp_bias=bool(config.get("mlp_bias", False)),
         qk_norm=qwen3,
         tied=bool(config.get("tie_word_embeddings", False)),
-        rope=_rope(config),
+        rope=rope,
         dtype=_dtype(config),
         sliding_window=window,
     )
@@ -253,15 +265,28 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     """transformers 5 writes `rope_parameters`; before, `rope_theta` stood beside `rope_scaling`."""
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     parameters.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
     if kind not in ROPE_KINDS:
         raise UnservedError(f"unsupported rotary scaling {kind!r}; accepted: {', '.join(ROPE_KINDS)}")
     if kind == "yarn" and parameters.get("mscale"):
         raise UnservedError(
             "unsupported rotary scaling: yarn with mscale, which only models of other architectures use"
         )
+    for name in ROPE_KINDS[kind]:
+        if not isinstance(value := parameters.get(name), int | float):
+            raise ValueError(
+                f"rotary scaling {kind!r} needs a number as {name}, but has {value!r}: write one into config.json"
+            )
     theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
     return Rope(float(theta), kind, parameters)
 
 
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+LLAMA3_PARAMETERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_KINDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": (),
+    "llama3": LLAMA3_PARAMETERS,
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""The kinds of rotary positions, and the parameters that each must have."""

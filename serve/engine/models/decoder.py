@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from serve.engine import ops
 from serve.engine.models.config import ModelConfig
 from serve.engine.models.linears import KernelLinear
+from serve.engine.models.rotary import rotary_table
 
 
 class StepInputs(NamedTuple):
@@ -180,7 +181,6 @@ class Decoder(nn.Module):
         layers: list[DecoderLayer],
         norm: Norm,
         lm_head: nn.Module,
-        cos_sin: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
@@ -193,7 +193,12 @@ class Decoder(nn.Module):
         self.embed_positions: Tensor | None
         self.cos_sin: Tensor | None
         self.register_buffer("embed_positions", embed_positions)
-        self.register_buffer("cos_sin", cos_sin)
+        self.register_buffer("cos_sin", None)
+
+    def reach(self, num_positions: int) -> None:
+        """Make the rotary table for so many positions: once, before anything is computed."""
+        if self.config.rope is not None:
+            self.cos_sin = rotary_table(self.config.rope, self.config.head_dim, num_positions)
 
     def forward(self, step: StepInputs, k_caches: list[Tensor], v_caches: list[Tensor]) -> Tensor:
         x_TC = self.embed(step.token_ids).to(self.dtype)

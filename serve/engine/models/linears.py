@@ -19,7 +19,10 @@ _AVX2 = ("avx2", "avx2_vnni")
 
 
 class KernelLinear(nn.Module):
-    """`y = x W^T + S (sums of x) + b` by one operator; `weight` and `low_rank` are in the kernel's layout."""
+    """`y = x W^T + S (sums of x) + b` by one operator; `weight` and `low_rank` are in the kernel's layout.
+
+    With `float_out`, as LM heads have it, y is float32 whatever x is.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, low_rank: Tensor | None, float_out: bool = False) -> None:
         super().__init__()
@@ -115,14 +118,14 @@ class PlainEmbedding(nn.Module):
         return PlainLinear(self.weight, None)
 
 
-def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+def plain_linear(weight: Tensor, bias: Tensor | None, float_out: bool = False) -> nn.Module:
     """A linear [O, I] that the checkpoint stores plainly.
 
     On processors with AVX2 and no more torch multiplies bf16 by converting it, some five times slower than the kernel,
     which reads bf16 and sums in fp32.
     """
     if _kernel_is_faster(weight):
-        return KernelLinear(dense.prepare_blob(weight), bias, None)
+        return KernelLinear(dense.prepare_blob(weight), bias, None, float_out)
     return PlainLinear(weight, bias)
 
 
@@ -138,14 +141,15 @@ def _kernel_is_faster(weight: Tensor) -> bool:
     return slow and weight.dtype == torch.bfloat16 and isa() in _AVX2
 
 
-def packed_linear(stored: CompressedLinear) -> nn.Module:
+def packed_linear(stored: CompressedLinear, float_out: bool = False) -> nn.Module:
     """`stored` for the kernel if there is one; `stored` must hold the checkpoint's tensors."""
     tensors, branch = stored.tensors, stored.scheme.low_rank
     prepared = stored.format.prepare({name: t for name, t in tensors.items() if name.startswith("weight")})
     if blob.NAME not in prepared or "low_rank_a" in tensors:
         return stored
     side = None if branch is None else low_rank.prepare(tensors, branch.segment)
-    return KernelLinear(prepared[blob.NAME], tensors.get("bias"), side)
+    float_out = float_out and stored.format.grid is not None  # floats that meet bf16 weights would cost them the tiles
+    return KernelLinear(prepared[blob.NAME], tensors.get("bias"), side, float_out)
 
 
 def packed_embedding(stored: CompressedEmbedding) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve.engine.models.config import Rope
+from serve.engine.models.config import LLAMA3_PARAMETERS, Rope
 
 
 def rotary_table(rope: Rope, head_dim: int, num_positions: int) -> Tensor:
@@ -56,9 +56,6 @@ def _yarn(frequencies: Tensor, theta: float, parameters: Mapping[str, Any]) -> T
     low, high = max(low, 0), min(high, 2 * pairs - 1)
     slow = ((torch.arange(pairs) - low) / max(high - low, 1e-3)).clamp(0, 1)
     return frequencies * (1 - slow + slow / float(parameters["factor"]))
-
-
-LLAMA3_PARAMETERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def _llama3(
