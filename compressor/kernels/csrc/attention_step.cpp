@@ -52,6 +52,7 @@ AttentionStep::AttentionStep(const Attention& a, int sequences, int64_t tokens, 
       const int count = queries - first < per_tile ? queries - first : per_tile;
       const int keys = a.lengths[s] - queries + first + count;  // the last query of the tile sees these
       const int split = queries <= kSplitQueries ? kSplitKeys : keys;
+      even_ = even_ && queries <= kSplitQueries;
       const int parts = keys > 0 ? (keys + split - 1) / split : 0, part_of_first = static_cast<int>(parts_.size());
       // The heads of the same keys follow one another: in the cache they lie side by side.
       for (int begin = 0; begin < keys; begin += split)

@@ -21,6 +21,7 @@ class AttentionStep {
 
   void set_query(const void* query, int64_t stride) { a_.query = query, a_.query_stride = stride; }
   int64_t parts() const { return static_cast<int64_t>(parts_.size()); }
+  bool even() const { return even_; }  // all parts take about as long
   void attend(int64_t part, const char* keys, const char* values, char* work) const;
   int64_t jobs() const { return static_cast<int64_t>(jobs_.size()); }
   void merge(int64_t job, void* out, char* row) const;  // out [tokens][heads][dim] in the query's dtype
@@ -41,6 +42,7 @@ class AttentionStep {
   int64_t tokens_;
   std::vector<Job> jobs_;
   std::vector<AttentionPart> parts_;
+  bool even_ = true;
   std::vector<Partial> partials_;
 };
 

@@ -186,7 +186,7 @@ void run_layer(Team::Member& member, const Layer& layer, const Step& step, const
   // One token's product takes as long as its weights are read, best in one go; more tokens' is worth to be balanced.
   const auto multiply = [&](const LayerLinear& linear, void* y) {
     const auto run = [&](int64_t begin, int64_t end) { linear.run(y, s.dtype, begin, end); };
-    s.tokens == 1 ? member.share(linear.blocks(), run) : member.claim(linear.blocks(), kPieceBlocks, run);
+    s.tokens == 1 ? member.share(linear.blocks(), run) : member.claim(linear.blocks(), kPieceBlocks, true, run);
   };
   member.each(s.tokens, [&](int64_t t) {
     k.rms_norm(before, residual, layer.attention_norm, s.hidden, s.eps, b.normed, b.sum, t, floats);
@@ -194,7 +194,7 @@ void run_layer(Team::Member& member, const Layer& layer, const Step& step, const
   });
   multiply(layer.qkv, b.mixed);
   member.each(s.tokens, [&](int64_t t) { place_token(k, layer, step, b, t, floats); });
-  member.claim(attention.parts(), 1, [&](int64_t begin, int64_t end) {
+  member.claim(attention.parts(), 1, attention.even(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) attention.attend(i, layer.keys, layer.values, own);
   });
   member.each(attention.jobs(), [&](int64_t i) { attention.merge(i, b.attended, own); });

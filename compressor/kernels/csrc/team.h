@@ -33,13 +33,13 @@ class Team {
         body(begin, end);
       }
     }
-    // For long phases, in which a member may be held up by whatever else its processor has to do: seven eighths are shared
-    // like that, each share done in one go, and the rest is taken in pieces as members get there, smaller and smaller ones,
-    // down to `grain`.
-    template <class F> void claim(int64_t count, int64_t grain, F body) {
+    // The same in pieces that members take as they get there, smaller and smaller ones, down to `grain`: for long phases, in
+    // which one may be held up by whatever else its processor has to do, or whose pieces differ. Of `even` ones each member
+    // first does seven eighths of its share in one go.
+    template <class F> void claim(int64_t count, int64_t grain, bool even, F body) {
       if (count <= 1) return share(count, body);
       enter(count);
-      const int64_t own = count * 7 / 8 / size_ / grain * grain, left = count - own * size_;
+      const int64_t own = even ? count * 7 / 8 / size_ / grain * grain : 0, left = count - own * size_;
       std::atomic<int64_t>& next = team_.claimed_[claims_ & 1];
       ++claims_;
       if (index_ == 0) team_.claimed_[claims_ & 1].store(0, std::memory_order_relaxed);  // all have left that phase
