@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from compressor.output import check_replaceable
+
 _EPILOG = """sub-commands:
   compress inspect OUT      what each layer became, and bits per weight
   compress verify OUT       checks hashes, 2:4 positions, shapes and finiteness
@@ -41,9 +43,10 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     flag = result.add_argument
-    flag("model", help="model folder, .gguf file, hub id, or pypi:smollm2-135m-instruct")
-    flag("--recipe", default=_env("recipe", "ast-2of4-int4"), help="recipe name or YAML file (default: %(default)s)")
-    flag("--out", default=_env("out"), help="folder to make")
+    flag("model", nargs="?", help="model folder, .gguf file, hub id, or pypi:smollm2-135m-instruct")
+    recipe = _env("recipe") or "ast-2of4-int4"
+    flag("--recipe", type=os.path.expanduser, default=recipe, help="recipe name or YAML file (default: %(default)s)")
+    flag("--out", type=os.path.expanduser, default=_env("out"), help="folder to make")
     flag("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one entry of the recipe")
     flag("--budget", default=_env("budget"), help="bound retraining: 90s, 10m, 2h, 500ktok, 2Mtok")
     flag(
@@ -56,7 +59,12 @@ def parser() -> argparse.ArgumentParser:
     flag("--task", default=_env("task"), metavar="NAME", help="fine-tune for this task (recipes pst-...)")
     flag("--one-shot", action="store_true", help="leave training out: retraining and reconstruction; int4 then by GPTQ")
     flag("--low-memory", action="store_true", help="never hold the model: one weight, or block, at a time")
-    flag("--tensorboard", metavar="DIR", help="also write the metrics of retraining there, for TensorBoard")
+    flag(
+        "--tensorboard",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="also write the figures of every stage there, for TensorBoard",
+    )
     flag("--dry-run", action="store_true", help="check everything, estimate size, memory and time, and stop")
     flag("--print-config", action="store_true", help="print the recipe in full and stop")
     flag("--force", action="store_true", help="replace OUT if it exists")
@@ -64,8 +72,9 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _env(flag: str, default: str | None = None) -> str | None:
-    return os.environ.get(f"HALFWEIGHT_{flag.upper()}", default)
+def _env(flag: str) -> str | None:
+    """An empty variable is one that is not set."""
+    return os.environ.get(f"HALFWEIGHT_{flag.upper()}") or None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,9 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compress(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
+    if options.model is None and not options.print_config:
+        parser().error("MODEL is missing: name a folder, .gguf file or hub id")
     from compressor.recipe import load_recipe
 
-    budget = [f"retraining.budget={options.budget}"] if options.budget else []
     untrained: list[str] = []  # what --set says of it counts all the same
     if options.one_shot:
         untrained = ["reconstruction=null", "quantization.reconstruction=null", "quantization.scales=null"]
@@ -100,7 +110,9 @@ def _compress(arguments: Sequence[str]) -> int:
             untrained.append("quantization.quantizer=gptq")  # stands in for training on the grid
     one_shot = ["retraining=null"] if options.one_shot else []
     task = [f"task.name={options.task}"] if options.task else []
-    recipe = load_recipe(options.recipe, [*untrained, *task, *options.set, *budget, *one_shot])
+    settings = [*untrained, *task, *options.set]
+    settings += _budget(options.budget, load_recipe(options.recipe, settings))
+    recipe = load_recipe(options.recipe, [*settings, *one_shot])
     if options.keep_dense:
         if recipe.sparsity is None:
             raise ValueError(f"--keep-dense given, but recipe {recipe.name!r} prunes nothing: leave it out")
@@ -108,22 +120,45 @@ def _compress(arguments: Sequence[str]) -> int:
     if options.print_config:
         import yaml
 
-        print(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False), end="")
+        print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
         return 0
-    if options.out is None:
-        parser().error("--out is missing: name the folder to make")
+    if not options.out:
+        parser().error("--out is missing or empty: name the folder to make")
+    if options.force:
+        check_replaceable(options.out, options.model)
     if options.dry_run:
         return _dry_run(options.model, recipe, options.out, options.force, options.low_memory)
+    from compressor.machine import use_threads
     from compressor.pipeline import compress
     from compressor.progress import reporter
+    from compressor.retraining.distribution import join
     from compressor.streaming import compress_streaming
     from compressor.tensorboard import scalars
 
+    use_threads(None)
     run = compress_streaming if options.low_memory else compress
+    if join()[0]:  # of several processes, the first tells what goes on
+        run(options.model, recipe, options.out, force=options.force, report=lambda *_: None)
+        return 0
     with reporter() as shown, scalars(options.tensorboard, shown) as report:
         result = run(options.model, recipe, options.out, force=options.force, report=report)
     _summary(result)
     return 0
+
+
+def _budget(given: str | None, recipe: Any) -> list[str]:
+    """The setting that --budget stands for, or the environment, which does not add a retraining to a recipe either."""
+    if not given:
+        return []
+    if recipe.retraining is not None:
+        return [f"retraining.budget={given}"]
+    if given != _env("budget"):
+        raise ValueError(
+            f"--budget bounds retraining, and recipe {recipe.name!r} has none: leave it out, or take a recipe that "
+            "retrains (see compress recipes)"
+        )
+    logging.getLogger(__name__).warning("HALFWEIGHT_BUDGET is left out: recipe %r has no retraining", recipe.name)
+    return []
 
 
 def _dry_run(model: str, recipe: Any, out: str, force: bool, low_memory: bool) -> int:
@@ -205,12 +240,14 @@ def _verify(arguments: Sequence[str]) -> int:
 def _export(arguments: Sequence[str]) -> int:
     result = _folder_parser("export", "Write a checkpoint, or a dense model folder, for another runtime.")
     result.add_argument("--to", required=True, metavar="TARGET", help="dense, compressed-tensors, gptq, onnx or gguf")
-    result.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
+    result.add_argument("--out", required=True, type=_folder, metavar="DIR", help="folder to make")
     result.add_argument("--allow-lossy", action="store_true", help="go on where the target cannot hold everything")
     result.add_argument("--force", action="store_true", help="replace DIR if it exists")
     options = result.parse_args(arguments)
     from compressor.exports import export_checkpoint
 
+    if options.force:
+        check_replaceable(options.out, options.folder)
     for loss in export_checkpoint(
         options.folder, options.to, options.out, allow_lossy=options.allow_lossy, force=options.force
     ):
@@ -222,11 +259,13 @@ def _export(arguments: Sequence[str]) -> int:
 
 def _import(arguments: Sequence[str]) -> int:
     result = _folder_parser("import", "Make the checkpoint again that a folder was exported from.", metavar="DIR")
-    result.add_argument("--out", required=True, type=Path, metavar="OUT", help="folder to make")
+    result.add_argument("--out", required=True, type=_folder, metavar="OUT", help="folder to make")
     result.add_argument("--force", action="store_true", help="replace OUT if it exists")
     options = result.parse_args(arguments)
     from compressor.exports import import_checkpoint
 
+    if options.force:
+        check_replaceable(options.out, options.folder)
     missed = import_checkpoint(options.folder, options.out, force=options.force)
     print(f"{options.out}: imported" + (f"; {len(missed)} layers are dense now: {missed[0]}, ..." if missed else ""))
     return 0
@@ -272,6 +311,12 @@ def _doctor(arguments: Sequence[str]) -> int:
     for key, value in doctor().items():
         print(f"{key:16} {value}")
     return 0
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name the folder to make")
+    return Path(text).expanduser()
 
 
 def _folder_parser(command: str, description: str, metavar: str = "OUT") -> argparse.ArgumentParser:

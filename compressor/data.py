@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import re
 from array import array
@@ -27,6 +28,9 @@ from compressor.packages import PACKAGES, fetch_member
 
 ACCEPTED = "'default', 'heldout', a text file, a .jsonl or .parquet file with a text field, or a hub data set id"
 _GRAM = 13
+_TABLES = (".json", ".csv", ".tsv")
+
+log = logging.getLogger(__name__)
 
 
 class Tokenizer(Protocol):
@@ -119,16 +123,26 @@ def _tokenize(documents: list[str], tokenizer: Tokenizer, max_tokens: int | None
 def is_hub_id(source: str) -> bool:
     """Whether a source can only be a data set on the hub: no name of ours, nor of a file, and not on disk."""
     path = Path(source).expanduser()
-    ours = source in NAMED or path.exists() or path.suffix in {*_READERS, ".txt"}
+    ours = source in NAMED or path.exists() or path.suffix.lower() in {*_READERS, *_TABLES, ".txt"}
     return not ours and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None
+
+
+def check_suffix(source: str) -> None:
+    """Raises ValueError for a file whose suffix says that it is no text, and that no reader knows."""
+    if (suffix := Path(source).suffix.lower()) in _TABLES:
+        raise ValueError(
+            f"text {source!r} is a {suffix[1:].upper()} file, which is not read. Write it as .jsonl, an object with a "
+            "text field on each line, or as plain text; task.source takes .csv and .tsv"
+        )
 
 
 def _documents(source: str, field: str, split: str, max_tokens: int | None) -> tuple[list[str], str]:
     if source in NAMED:
         return NAMED[source]()
     path = Path(source).expanduser()
+    check_suffix(source)
     if path.is_file():
-        read = _READERS.get(path.suffix, _read_text)
+        read = _READERS.get(path.suffix.lower(), _read_text)
         documents, licence = list(read(path, field)), "unknown (local file)"
     elif not is_hub_id(source):
         raise ValueError(f"text {source!r} is not a file; accepted is {ACCEPTED}")
@@ -171,11 +185,23 @@ def _paragraph_groups(text: str, size: int = 4000) -> Iterator[str]:
 def _read_jsonl(path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_decode(path).split("\n"), start=1):
         if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"text {path}, line {number} is not JSON: {error.msg}") from error
+            record = parse_json(line, f"text {path}, line {number}")
             yield _field_of(record, field, f"{path}, line {number}")
+
+
+def parse_json(line: str, where: str) -> Any:
+    """What a line of JSON says; halves of UTF-16 pairs, which JSON can escape and no tokenizer takes, are U+FFFD."""
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error.msg}") from None
+    if "\\ud" not in line and "\\uD" not in line:
+        return found
+    text = json.dumps(found, ensure_ascii=False)
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if whole != text:
+        log.warning("%s holds half of a UTF-16 pair, read as U+FFFD", where)
+    return json.loads(whole)
 
 
 def _read_parquet(path: Path, field: str) -> list[str]:

@@ -116,6 +116,18 @@ def keep_highest(score: Tensor, count: int) -> Tensor:
     return mask.view(score.shape)
 
 
+def keep_highest_of_rows(score: Tensor, count: int) -> Tensor:
+    """The mask of `count` entries, the highest of each row: as many in all rows, but for one more in some."""
+    each, more = divmod(count, score.shape[0])
+    order = score.detach().sort(dim=-1, descending=True, stable=True).indices
+    mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    mask.scatter_(-1, order[:, :each], True)
+    if more:
+        following = order[:, each : each + 1]
+        mask.scatter_(-1, following, keep_highest(score.gather(-1, following), more))
+    return mask
+
+
 def n_m_mask(score: Tensor, n: int = 2, m: int = 4) -> Tensor:
     """Keep the n highest scores of every m consecutive entries of the last dimension.
 

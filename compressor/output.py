@@ -10,11 +10,16 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+_RECORDS = {"halfweight.json"}, {"manifest.json", "config.json"}, {"model.gguf"}, {"model.onnx"}
+"""Files of which a checkpoint, or an export, holds all of one kind."""
+_COMPANIONS = r"additional_chat_templates|\d+_\w+"
+"""The folders that they may hold."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -37,6 +42,24 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
+def check_replaceable(out: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> None:
+    """Raises FileExistsError where a folder is not ours to replace: of other things, or with what is read in it."""
+    folder = Path(out).expanduser()
+    if not folder.is_dir():
+        return
+    read = [Path(source).expanduser().resolve() for source in sources if Path(source).expanduser().exists()]
+    inside = next((place for place in read if folder.resolve() in (place, *place.parents)), None)
+    if inside is not None:
+        raise FileExistsError(f"{folder} holds {inside}, which is read. Name another folder with --out.")
+    entries = list(folder.iterdir())
+    known = all(entry.is_file() or re.fullmatch(_COMPANIONS, entry.name) for entry in entries)
+    if entries and not (known and any(files <= {entry.name for entry in entries} for files in _RECORDS)):
+        raise FileExistsError(
+            f"{folder} holds other things than a checkpoint or export of halfweight, which --force would replace. Name "
+            "another folder with --out, or remove it yourself."
+        )
+
+
 class OutputFolder:
     """Context manager: write into `stage`, then `commit()`. Without a commit the output is as it was before.
 
@@ -45,13 +68,13 @@ class OutputFolder:
         force: whether an existing folder is replaced.
 
     Raises:
-        FileExistsError: the folder exists and `force` is not given.
+        FileExistsError: the folder exists and `force` is not given, or it is the current folder or holds that.
         BlockingIOError: another run is writing it.
         PermissionError: the parent folder cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        self.path = Path(os.path.abspath(path))
+        self.path = Path(os.path.abspath(Path(path).expanduser()))
         self.stage = self.path.with_name(f".{self.path.name}.staging")
         self._lock_path = self.path.with_name(f".{self.path.name}.lock")
         self._force = force
@@ -59,6 +82,9 @@ class OutputFolder:
 
     def check(self) -> None:
         """Raises what entering would raise, and leaves nothing behind."""
+        here = Path.cwd()
+        if self.path.resolve() in (here, *here.parents):
+            raise FileExistsError(f"{self.path} holds the current folder. Name another folder with --out.")
         if self.path.exists() and not self._force:
             raise FileExistsError(f"{self.path} exists. Give --force to replace it, or name another folder with --out.")
         if self.path.exists() and not self.path.is_dir():

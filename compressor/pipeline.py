@@ -182,7 +182,7 @@ def choose_dense(
     if settings is None or text is None or settings.dense_share == 0:
         return
     linears = {name: module for name, module in block_linears(model).items() if name in plan.schemes}
-    batches = list(text.blocks[: settings.samples].split(8))
+    batches = list(training_blocks(text, recipe)[: settings.samples].split(8))
     found = sensitivities(
         model,
         batches,
@@ -204,7 +204,7 @@ def sparsify(model: Any, recipe: Recipe, plan: Plan, text: TextBlocks | None, re
         return SparseModel(model, {}, {})
     linears = {name: module for name, module in block_linears(model).items() if name in plan.schemes}
     settings = recipe.sparsity
-    batches = [] if text is None else list(text.blocks[: settings.samples].split(8))
+    batches = [] if text is None else list(training_blocks(text, recipe)[: settings.samples].split(8))
     masks, stats = prune(
         model,
         batches,
@@ -277,10 +277,12 @@ def retrain(
     settings, plan = recipe.retraining, result.plan
     tokens, validation = text.split(settings.validation_blocks)
     linears = {name: sparse.model.get_submodule(name) for name in sparse.masks}
-    teacher = load_model(folder).to(training_device())
+    teacher: Any = load_model(folder).to(training_device())
     report("evaluate", 0, 1, {})
     dense_loss = text_loss(teacher, validation)
     report("evaluate", 1, 1, {"dense loss": dense_loss})
+    if settings.loop.kl_weight == 0 and settings.loop.hidden_weight == 0:
+        teacher = None  # nothing is distilled: its memory is free
     outcome = retraining.retrain(
         sparse.model,
         TextDistillation(
@@ -296,7 +298,7 @@ def retrain(
         linears,
         sparse.masks,
         parse_budget(settings.budget).resolved(len(tokens), tokens.shape[1], settings.loop.batch),
-        loop=settings.loop,
+        loop=recipe.loop,
         settings=settings.ast if settings.method == "ast" else settings.cast,
         method=settings.method,
         validation=validation,
@@ -326,7 +328,7 @@ def transform(sparse: SparseModel, recipe: Recipe, plan: Plan, text: TextBlocks 
     if recipe.quantization.transform is None or text is None:
         return
     linears = {name: module for name, module in block_linears(sparse.model).items() if name in plan.schemes}
-    batches = list(text.blocks[: recipe.quantization.samples].split(8))
+    batches = list(training_blocks(text, recipe)[: recipe.quantization.samples].split(8))
     sparse.stats = apply_awq(
         sparse.model, batches, linears, plan.schemes, lambda done, total: report("scale", done, total, {})
     )
@@ -414,7 +416,7 @@ def calibrate_quantizer(sparse: SparseModel, recipe: Recipe, plan: Plan, text: T
     linears = {name: module for name, module in block_linears(sparse.model).items() if name in left}
     if recipe.quantization.quantizer not in NEED_HESSIAN or not linears:
         return
-    batches = list(text.blocks[: recipe.quantization.samples].split(8))
+    batches = list(training_blocks(text, recipe)[: recipe.quantization.samples].split(8))
     done = 0
     for stats in calibrate_blocks(sparse.model, batches, linears, hessian=True):
         sparse.scales |= round_block(linears, stats, plan.schemes, recipe.quantization.quantizer)

@@ -33,18 +33,29 @@ _CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Speed", "tokens a second", {"tokens_per_second": ""}),
 )
 """Title, axis, and {metric: name of its line}."""
+_OF_TASKS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Loss", "{loss}", {"total": "trained on", "ce": "cross-entropy"}),
+    ("Accuracy", "share of a batch", {"accuracy": ""}),
+    ("Distance from the teacher", "KL, {loss}", {"kl": ""}),
+    ("Sparsity", "share of weights", {"sparsity": ""}),
+    _CHARTS[2],
+    _CHARTS[4],
+    ("Speed", "tokens a second, padding too", {"tokens_per_second": ""}),
+)
+"""The same for fine-tuning, where written answers are measured by token, labels by example."""
 
 
 def metrics_file(folder: Path) -> Path:
-    """Where the metrics of a checkpoint lie: in the folder itself, or in the work folder of a run in progress.
+    """Where the metrics of a checkpoint lie: in the folder itself, or in the work folder of a run in progress; of both,
+    the newer.
 
     Raises:
         ValueError: in neither.
     """
     work = folder.with_name(f".{folder.name}.work")
-    for place in (folder, work):
-        if (place / METRICS).is_file():
-            return place / METRICS
+    files = [place / METRICS for place in (folder, work) if (place / METRICS).is_file()]
+    if files:
+        return max(files, key=lambda file: file.stat().st_mtime_ns)
     raise ValueError(
         f"neither {folder} nor {work} holds {METRICS}: give a checkpoint that `compress` made with retraining, or the "
         "--out of a run in progress that has made its first steps"
@@ -72,8 +83,13 @@ def _point(steps: list[dict[str, Any]], keys: Sequence[str]) -> dict[str, float]
 
 def training_page(file: Path, name: str) -> str:
     """The SVG page of a metrics file; raises ValueError where there is too little to draw."""
-    points = read_curve(file, [key for _, _, names in _CHARTS for key in names])
-    panels = [panel for title, axis, names in _CHARTS if (panel := _panel(points, title, axis, names))]
+    points = read_curve(file, [key for _, _, names in (*_CHARTS, *_OF_TASKS) for key in names])
+    measured = set().union(*points)
+    of_task = "sparsity" in measured or "ce" not in measured
+    charts, x_axis = (_OF_TASKS, "tokens, padding too") if of_task else (_CHARTS, "tokens")
+    loss = "nats a token" if "ce" in measured else "mean of examples"
+    panels = [_panel(points, x_axis, title, axis.format(loss=loss), names) for title, axis, names in charts]
+    panels = [panel for panel in panels if panel]
     if not panels:
         raise ValueError(f"{file} holds fewer than two steps: wait for the run to go on")
     rows = -(-len(panels) // _COLUMNS)
@@ -93,7 +109,7 @@ def training_page(file: Path, name: str) -> str:
     return drawing(width, height, heading, elements, ' xmlns="http://www.w3.org/2000/svg"') + "\n"
 
 
-def _panel(points: Sequence[dict[str, float]], title: str, axis: str, names: dict[str, str]) -> list[str]:
+def _panel(points: Sequence[dict[str, float]], x_axis: str, title: str, axis: str, names: dict[str, str]) -> list[str]:
     """A titled chart of those metrics that have at least two points; a line that repeats another is left out."""
     lines: dict[str, Line] = {}
     for number, key in enumerate(names):
@@ -107,4 +123,4 @@ def _panel(points: Sequence[dict[str, float]], title: str, axis: str, names: dic
     if any(names[key] for key in lines):
         parts = [f'<tspan dx="12" class="{style}">{escape(names[key])}</tspan>' for key, (_, _, style) in lines.items()]
         elements.append(f'<text x="-12" y="34">{"".join(parts)}</text>')
-    return [*elements, f'<g transform="translate(0 {_TITLE})">', *chart(list(lines.values()), "tokens", axis), "</g>"]
+    return [*elements, f'<g transform="translate(0 {_TITLE})">', *chart(list(lines.values()), x_axis, axis), "</g>"]

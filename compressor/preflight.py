@@ -22,7 +22,7 @@ from compressor.awq import check_awq
 from compressor.calibration import blocks_of
 from compressor.checkpoint import MAX_SHARD_BYTES, Checkpoint, read_json
 from compressor.compressed_linear import linear_shape
-from compressor.data import ACCEPTED, NAMED, is_hub_id
+from compressor.data import ACCEPTED, NAMED, check_suffix, is_hub_id
 from compressor.formats import make_format
 from compressor.formats.low_rank import low_rank_spec
 from compressor.machine import available_memory
@@ -39,8 +39,10 @@ from compressor.models import (
 )
 from compressor.precision import compute_dtype
 from compressor.quantizers import rtn
-from compressor.recipe import Recipe, check_given_task, matches, parse_budget
-from compressor.retraining.loop import training_device
+from compressor.recipe import Recipe, TaskSection, check_given_task, matches, parse_budget
+from compressor.retraining.distribution import distribution
+from compressor.retraining.loop import check_spread, training_device
+from compressor.retraining.schedules import FEW_STEPS
 from compressor.scheme import Scheme
 from compressor.tasks import Task, load_task
 from compressor.tasks.metrics import check_metrics
@@ -57,6 +59,8 @@ _TOKENIZERS = (
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 """Names of the embeddings that positions are learned in."""
 _TOKENS_OF_A_WORD = 1.5
+_CLEARLY = 2.0
+"""An estimated time may be off by so much."""
 _GROUP_SIZES = (128, 64, 32)
 _STREAMING_BYTES = 8e8
 """Imports and blocks of rows of a run that never holds the model."""
@@ -138,11 +142,14 @@ def check(folder: Path, recipe: Recipe, out: Path, *, low_memory: bool = False) 
     _check_trainable(folder, model, recipe, task)
     schemes = linear_schemes(linears, recipe) | embedding_schemes(model, recipe)
     _check_weights(source, model, new_head=task is not None and task.head_labels is not None, low_memory=low_memory)
-    plan = _estimate(folder, model, schemes, mask_shapes(linears, recipe), recipe)
+    shapes = mask_shapes(linears, recipe)
+    _check_retraining(model, recipe, {name: linear_shape(linears[name]) for name in shapes}, shapes)
+    plan = _estimate(folder, model, schemes, shapes, recipe)
     if task is not None:
         taught = check_teacher(folder, recipe, task)
         seconds = _task_seconds(recipe, task, plan.parameters, taught=taught is not None)
         plan = replace(plan, task=task, seconds=seconds, notes=(*plan.notes, *([taught] if taught else [])))
+    plan = replace(plan, notes=(*plan.notes, *_budget_notes(recipe, task, plan.parameters)))
     if low_memory:
         calibration = _block_bytes(model, linears) if recipe.uses_text else 0
         memory = int(_STREAMING_BYTES + plan.dense_bytes / 8) + calibration
@@ -168,6 +175,23 @@ def _check_trainable(folder: Path, model: Any, recipe: Recipe, task: Task | None
             f"task {task.name!r} has a language model write, and {folder} holds a {model.config.architectures[0]}. "
             "Give a causal language model, or a task with classes."
         )
+
+
+def _check_retraining(
+    model: Any, recipe: Recipe, sizes: Mapping[str, tuple[int, int]], shapes: Mapping[str, MaskShape]
+) -> None:
+    """Raises ValueError for what retraining refuses, before all that precedes it."""
+    if recipe.retraining is None:
+        return
+    settings, loop = recipe.retraining, recipe.retraining.loop
+    check_spread(distribution(loop.distribution), loop, shapes.values(), for_task=recipe.fine_tunes)
+    vocabulary = int(model.config.vocab_size)
+    if loop.teacher_cache == "top-k" and loop.teacher_top_k > vocabulary:
+        raise ValueError(f"teacher_top_k {loop.teacher_top_k} given; the vocabulary has {vocabulary} tokens")
+    parts = settings.cast.row_parts if settings.method == "cast" else 0
+    for name, (_, in_features) in sizes.items():
+        if parts and in_features % parts:
+            raise ValueError(f"row_parts {parts} given; {name} has {in_features} inputs to divide")
 
 
 def _check_weights(source: Checkpoint, model: Any, *, new_head: bool, low_memory: bool) -> None:
@@ -234,6 +258,8 @@ def _check_text(recipe: Recipe) -> None:
     there = source in NAMED or Path(source).expanduser().is_file() or ("/" in source and is_hub_id(source))
     if recipe.uses_text and not there:
         raise ValueError(f"text {source!r} is not there; accepted: {ACCEPTED}")
+    if recipe.uses_text:
+        check_suffix(source)
 
 
 def _check_length(model: nn.Module, recipe: Recipe) -> None:
@@ -417,16 +443,43 @@ def tokens_within(seconds: float, recipe: Recipe, parameters: int) -> float:
     return seconds * _training_rate(recipe) / (8 * parameters)
 
 
+def _budget_notes(recipe: Recipe, task: Task | None, parameters: int) -> list[str]:
+    """What there is to know of a budget of time that few steps fit into; raises ValueError where it is not even one.
+
+    On a CPU only: small products tell too little of an accelerator.
+    """
+    if recipe.retraining is None or training_device().type != "cpu":
+        return []
+    budget, loop = parse_budget(recipe.retraining.budget), recipe.retraining.loop
+    if budget.seconds is None:
+        return []
+    step = loop.batch * (recipe.text.length if task is None or recipe.task is None else _tokens_of(task, recipe.task))
+    world = distribution(loop.distribution).world
+    seconds = budget.seconds * step / (world * tokens_within(budget.seconds, recipe, parameters))
+    if seconds > _CLEARLY * budget.seconds:
+        raise ValueError(
+            f"budget {recipe.retraining.budget} given; here a step of {step:,} tokens takes about {seconds:.1f} s. "
+            f"Give {FEW_STEPS * seconds:.0f}s or more, or a smaller retraining.loop.batch."
+        )
+    if FEW_STEPS * seconds > budget.seconds:
+        return [f"about {budget.seconds / seconds:.1f} steps of {step:,} tokens fit into the budget, too few"]
+    return []
+
+
+def _tokens_of(task: Task, section: TaskSection) -> int:
+    """Tokens of a task's examples, as their words suggest."""
+    words = fmean(
+        len(f"{example.text} {example.pair or ''} {' '.join(example.references[:1])}".split()) for example in task.train
+    )
+    return min(section.length, math.ceil(_TOKENS_OF_A_WORD * words))
+
+
 def _task_seconds(recipe: Recipe, task: Task, parameters: int, *, taught: bool) -> float | None:
     """As `_seconds`, for examples as long as their words suggest."""
     if recipe.retraining is None or recipe.task is None:
         return None
     budget = parse_budget(recipe.retraining.budget)
-    words = fmean(
-        len(f"{example.text} {example.pair or ''} {' '.join(example.references[:1])}".split()) for example in task.train
-    )
-    tokens = min(recipe.task.length, math.ceil(_TOKENS_OF_A_WORD * words))
-    budget = budget.resolved(len(task.train), tokens, recipe.retraining.loop.batch)
+    budget = budget.resolved(len(task.train), _tokens_of(task, recipe.task), recipe.retraining.loop.batch)
     operations = 8 if taught else 6
     return budget.seconds if budget.tokens is None else budget.tokens * parameters * operations / _training_rate(recipe)
 

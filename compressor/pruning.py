@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressor.calibration import IN_MEMORY, LayerStats, Residence, calibrate, calibrate_blocks, weight_of
 from compressor.criteria import CRITERIA
-from compressor.masks import MaskShape
+from compressor.masks import MaskShape, keep_highest_of_rows
 from compressor.solvers import SOLVERS, solve_block, without_hessians
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,10 @@ def score_mask(name: str, weight: Tensor, stats: LayerStats | None, shape: MaskS
                 f"{name} is not pruned to {shape}: {error}. Give the pattern that it has with sparsity.pattern or "
                 "overrides, leave it dense with --keep-dense, or choose another criterion."
             ) from None
-    return shape.mask(CRITERIA[criterion](weight.float(), stats))
+    score = CRITERIA[criterion](weight.float(), stats)
+    if criterion == "wanda" and not shape.by_row:  # it compares the weights of one output
+        return keep_highest_of_rows(score, shape.kept(score.numel()))
+    return shape.mask(score)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -176,6 +176,17 @@ class Retraining(_Section):
         parse_budget(self.budget)
         return _check_name(self, "method", self.method, [*METHODS, *TASK_METHODS])
 
+    def check_read(self) -> None:
+        """Raises ValueError for settings of another method, which would do nothing."""
+        method, defaults = self.method, {"ast": AstSettings(), "cast": CastSettings(), "pst": PstSettings()}
+        for key, default in defaults.items():
+            if getattr(self, key) != default and key != ("pst" if method in TASK_METHODS else method):
+                raise ValueError(
+                    f"retraining.{key} says nothing to method {method!r}: leave it out (--set retraining.{key}={{}})"
+                )
+        if self.heads_and_neurons is not None and method not in ("pst", "lora-magnitude"):
+            raise ValueError(f"heads_and_neurons are dropped by pst only, not by {method!r}")
+
     @property
     def low_rank(self) -> LowRank | None:
         """The stored form of the low-rank branch."""
@@ -268,6 +279,8 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         self._check_task()
+        if self.retraining is not None:
+            self.retraining.check_read()
         if self.retraining is not None and self.sparsity is None and not self.fine_tunes:
             raise ValueError("retraining needs a sparsity section: it trains a sparse model")
         if self.reconstruction is not None and self.sparsity is None:
@@ -324,8 +337,8 @@ class Recipe(_Section):
                 )
         elif self.sparsity is None:
             raise ValueError(f"retraining.method {method!r} needs a sparsity section: it trains a sparse model")
-        if whole and method not in ("pst", "lora-magnitude"):
-            raise ValueError(f"heads_and_neurons are dropped by pst only, not by {method!r}")
+        if self.sparsity is not None and self.sparsity.criterion != Sparsity().criterion:
+            raise ValueError(f"method {method!r} chooses masks by a score of its own: leave sparsity.criterion out")
         if self.sparsity is not None and self.sparsity.dense_share:
             raise ValueError("keep_dense auto ranks layers by text; with a task name the layers instead")
         if len({str(override.sparsity) for override in self.overrides} - {"None", "dense"}) > 0:
@@ -364,6 +377,13 @@ class Recipe(_Section):
         if low_rank is not None and self.quantization.low_rank != "trained":
             low_rank = replace(low_rank, dtype=self.quantization.low_rank)
         return Scheme(format_name, -1 if floats else group_size, values if floats else "bfloat16", low_rank)
+
+    @property
+    def loop(self) -> LoopSettings:
+        """Of the retraining: its seed is the recipe's, unless it names one of its own."""
+        assert self.retraining is not None
+        loop = self.retraining.loop
+        return loop if loop.seed is not None else replace(loop, seed=self.seed)
 
     @property
     def fine_tunes(self) -> bool:
@@ -468,6 +488,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(record, dict):
         raise RecipeError(f"recipe {name} must hold sections such as 'sparsity:' and 'quantization:'")
     record.setdefault("name", path.stem)
+    _check_retrains(record, overrides)
     for override in overrides:
         _apply(record, override)
     return parse_recipe(record)
@@ -479,6 +500,17 @@ def parse_recipe(record: dict[str, Any]) -> Recipe:
         return Recipe.model_validate(record)
     except ValidationError as error:
         raise RecipeError("; ".join(_sentence(problem) for problem in error.errors())) from None
+
+
+def _check_retrains(record: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Raises RecipeError where settings of a retraining would add one, of a method that nobody has named."""
+    parts = [override for override in overrides if override.startswith("retraining.")]
+    added = any(override.startswith(("retraining=", "retraining.method=")) for override in overrides)
+    if parts and record.get("retraining") is None and not added:
+        raise RecipeError(
+            f"--set {parts[0]!r} given, but recipe {record['name']!r} has no retraining: leave it out, or add one with "
+            "--set retraining.method=ast"
+        )
 
 
 def _apply(record: dict[str, Any], override: str) -> None:

@@ -19,6 +19,7 @@ from compressor.models import block_linears, fetch_model, load_classifier, load_
 from compressor.preflight import Plan
 from compressor.recipe import Recipe, TaskSection, parse_budget
 from compressor.retraining.distribution import join
+from compressor.retraining.loop import training_device
 from compressor.retraining.pst_layer import part_names
 from compressor.retraining.rows_and_heads import Structures
 from compressor.retraining.task_objectives import Teacher, objective_for
@@ -50,7 +51,7 @@ def fine_tune(result: Result, recipe: Recipe, report: Report) -> SparseModel:
         _pruned(linears, plan, recipe),
         parse_budget(settings.budget),
         _task_run(linears, model, plan, recipe, head),
-        loop=settings.loop,
+        loop=recipe.loop,
         work_dir=work_folder(result.out),
         snap=lambda name, weight: sparse.snap_to_grid(name, weight, plan.schemes[name]),
         progress=lambda step, total, metrics: report("fine-tune", step, total, watched(metrics)),
@@ -95,6 +96,7 @@ def _knows(model: Any, encoded: Labelled) -> bool:
     places = range(0, len(encoded.ids), -(-len(encoded.ids) // _PROBED))  # files may be sorted by class
     types = None if encoded.types is None else [encoded.types[place] for place in places]
     ids, labels = [encoded.ids[place] for place in places], encoded.labels[list(places)]
+    model.to(training_device())
     answers = torch.tensor(predict(model, replace(encoded, ids=ids, types=types, labels=labels)))
     if encoded.regression:
         return bool((answers - labels).square().mean() < 0.9 * labels.var(correction=0))
@@ -145,12 +147,21 @@ def _training_figures(outcome: FinetuningReport, task: Task) -> dict[str, Any]:
 
 
 def _tested(model: Any, tokenizer: Any, task: Task, section: TaskSection, report: Report) -> dict[str, Any]:
-    """The task's metrics on its test examples."""
-    report("test", 0, 1, {})
-    started = time.monotonic()
-    found = evaluate(model, tokenizer, task, task.test, length=section.length, beams=section.beams)
-    report("test", 1, 1, found)
-    figures = {f"test_{name}": round(value, 4) for name, value in found.items()}
+    """The task's metrics on its test examples, and on at most as many of those that were held out for choosing.
+
+    The latter are left out where answers are written, which takes long.
+    """
+    model.to(training_device())
+    figures: dict[str, Any] = {}
+    splits = {"validation": task.validation[: len(task.test)], "test": task.test}
+    if task.kind == "generation" or not task.validation:
+        del splits["validation"]
+    for split, examples in splits.items():
+        report(split, 0, 1, {})
+        started = time.monotonic()
+        found = evaluate(model, tokenizer, task, examples, length=section.length, beams=section.beams)
+        report(split, 1, 1, found)
+        figures |= {f"{split}_{name}": round(value, 4) for name, value in found.items()}
     if task.kind == "classification":  # what one answer to everything would get: a rate too high ends there
         commonest = Counter(example.label for example in task.test).most_common(1)[0][1]
         figures["test_share_of_commonest_class"] = round(commonest / len(task.test), 4)

@@ -1,4 +1,4 @@
-"""The metrics of retraining for TensorBoard, where the package `tensorboard` is installed."""
+"""The figures of every stage for TensorBoard, where the package `tensorboard` is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Report = Callable[[str, int, int, dict[str, Any]], None]
 
 @contextmanager
 def scalars(folder: str | None, report: Report) -> Iterator[Report]:
-    """Yields a report that writes what retraining reports into a folder too; without a folder, `report` itself.
+    """Yields a report that writes the numbers it is given into a folder too; without a folder, `report` itself.
 
     Raises:
         ValueError: `tensorboard` is not installed.
@@ -31,7 +31,8 @@ def scalars(folder: str | None, report: Report) -> Iterator[Report]:
 
         def both(stage: str, done: int, total: int, figures: dict[str, Any]) -> None:
             report(stage, done, total, figures)
-            for name, value in figures.items() if stage == "retrain" else ():
-                writer.add_scalar(f"{stage}/{name}", value, done)
+            for name, value in figures.items():
+                if isinstance(value, int | float):
+                    writer.add_scalar(f"{stage}/{name}", value, done)
 
         yield both

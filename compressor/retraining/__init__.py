@@ -9,6 +9,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from compressor.retraining.loop import (
     LoopSettings,
     Progress,
     Run,
+    check_spread,
     checkpointed,
     identity_of,
     plain_attention,
@@ -104,8 +106,7 @@ def retrain(
     """
     _check(linears, masks, method)
     spread = distribution(loop.distribution)
-    if spread.sharded and loop.quantize_share:
-        raise ValueError("quantize_share needs all rows of a weight, which fsdp divides; use ddp, or quantize_share 0")
+    check_spread(spread, loop, (shapes or {}).values())
     given, names = model, list(linears)
     home, device = next(model.parameters()).device, training_device()
     model = model.to(device)
@@ -155,7 +156,8 @@ def retrain(
 def _run(run: Run, trainer: Ast | Cast, dtype: torch.dtype, validation: Tensor | None) -> RetrainingReport:
     started = time.monotonic()
     with plain_attention(run.model, run.objective.tokens):
-        loss_before = None if validation is None else text_loss(run.model, validation)
+        with trainer.pruned() if isinstance(trainer, Cast) else nullcontext():
+            loss_before = None if validation is None else text_loss(run.model, validation)
         run.train()
         trainer.finish()
         loss_after = None if validation is None else text_loss(run.model, validation)

@@ -32,7 +32,7 @@ from compressor.retraining.optimizers import (
     train_linear,
 )
 from compressor.retraining.schedules import ramp
-from compressor.retraining.shards import is_sharded, shard_like, whole
+from compressor.retraining.shards import shard_like, whole
 
 # From a linear's name and its M*W [O, I], what the forward is to see of it once it is quantised.
 Snap = Callable[[str, Tensor], Transform]
@@ -108,7 +108,7 @@ class Ast:
             mask = masks[name].to(weight_of(module).device).contiguous()
             if settings.low_rank is not None:
                 self._add_branch(name, module, mask, settings.low_rank, dtype)
-            mask = own_part(name, mask, module, self.shapes[name])
+            mask = own_part(mask, module)
             module.register_buffer("weight_mask", mask, persistent=False)
             entry = train_linear(f"{name}.weight", module, mask, adam)
             kept = entry.kept()
@@ -203,8 +203,6 @@ class Ast:
             detach()
 
 
-def own_part(name: str, mask: Tensor, module: nn.Module, shape: MaskShape) -> Tensor:
+def own_part(mask: Tensor, module: nn.Module) -> Tensor:
     """The part of a mask that goes with this process's part of the weight."""
-    if is_sharded(module.weight) and not shape.by_row:  # type: ignore[arg-type]
-        raise ValueError(f"{name}: a {shape} mask compares weights of the whole layer, which fsdp divides; use ddp")
     return shard_like(mask, module.weight, is_conv1d(module))  # type: ignore[arg-type]

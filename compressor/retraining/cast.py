@@ -18,7 +18,8 @@ Shapes: O out_features, I in_features, P parts of a row, B rows of one block.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,7 @@ class Cast:
         self.scales: dict[str, Trained] = {}
         for name, module in linears.items():
             self.shapes[name].check(masks[name])
-            mask = own_part(name, masks[name].to(weight_of(module).device).contiguous(), module, self.shapes[name])
+            mask = own_part(masks[name].to(weight_of(module).device).contiguous(), module)
             entry = train_linear(f"{name}.weight", module, mask, adam)
             entry.prunes = False
             if settings.row_parts:
@@ -156,6 +157,18 @@ class Cast:
         if entry.decays:
             w.mul_(1.0 - rate * adam.weight_decay)
         w.addcdiv_(u, root, value=-rate / (1.0 - adam.beta1**step))
+
+    @contextmanager
+    def pruned(self) -> Iterator[None]:
+        """Inside, the forward sees M*W, as it is left at the end."""
+        self._show(pruned=True)
+        yield
+        self._show(pruned=False)
+
+    def _show(self, *, pruned: bool) -> None:
+        for entry in self.sparse.values():
+            entry.prunes = pruned
+            entry.publish()
 
     def weights(self) -> dict[str, Tensor]:
         """The scaled M*W of every sparse linear, in bf16."""

@@ -50,17 +50,22 @@ class Distribution:
         """Whether this process writes files and reports."""
         return self.rank == 0
 
-    def own(self, parts: list[Tensor]) -> list[Tensor]:
-        """The micro-batches of this process.
+    def micro_batch(self, batch: int, wanted: int | None) -> int:
+        """Examples of a batch that run at a time.
 
         Raises:
             ValueError: they cannot be shared out evenly.
         """
-        if len(parts) % self.world or len({len(part) for part in parts}) > 1:
+        size = wanted or max(1, batch // self.world)
+        if batch % (size * self.world):
             raise ValueError(
-                f"a batch in {len(parts)} micro-batches cannot be shared by {self.world} processes; give a batch that "
-                "is a multiple of micro_batch times the processes"
+                f"a batch of {batch} in micro-batches of {size} cannot be shared by {self.world} processes; give a "
+                "batch that is a multiple of micro_batch times the processes"
             )
+        return size
+
+    def own(self, parts: list[Tensor]) -> list[Tensor]:
+        """The micro-batches of this process."""
         return parts[self.rank :: self.world]
 
     def average_gradients(self, entries: Iterable[Trained]) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from compressor.masks import MaskShape
 from compressor.precision import PRECISIONS
 from compressor.retraining.distribution import STRATEGIES, Distribution
 from compressor.retraining.objective import Objective
@@ -69,6 +70,7 @@ class LoopSettings:
         rollbacks: how often a run whose loss is not finite or explodes goes back to a snapshot, each time at half the
             rate, before it stops.
         explosion: three losses in a row are bad above so many times the median of the steps before; 0 turns that off.
+        seed: of the order of the examples; None: the recipe's, or 0.
         distribution: "ddp" or "fsdp" where a launcher started several processes; "auto": as the launcher was told.
         checkpoint_activations: compute each block again in the backward pass instead of keeping what is inside it.
     """
@@ -100,7 +102,7 @@ class LoopSettings:
     explosion: float = 3.0
     distribution: str = "auto"
     checkpoint_activations: bool = False
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -125,6 +127,22 @@ class LoopSettings:
             raise ValueError(f"schedule {self.schedule!r} given; accepted are {', '.join(SCHEDULES)}")
         if min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown >= 1 or not 0 <= self.quantize_share < 1:
             raise ValueError("warmup, cooldown and quantize_share are shares of the budget, in [0, 1)")
+
+
+def check_spread(
+    spread: Distribution, settings: LoopSettings, shapes: Iterable[MaskShape] = (), *, for_task: bool = False
+) -> None:
+    """Raises ValueError where the processes of a launcher cannot share a run."""
+    spread.micro_batch(settings.batch, settings.micro_batch)
+    if not spread.sharded:
+        return
+    if for_task:
+        raise ValueError("fine-tuning for a task is not sharded: give loop.distribution=ddp, or one process")
+    if settings.quantize_share:
+        raise ValueError("quantize_share needs all rows of a weight, which fsdp divides; use ddp, or quantize_share 0")
+    whole = next((shape for shape in shapes if not shape.by_row), None)
+    if whole is not None:
+        raise ValueError(f"a {whole} mask compares weights of the whole layer, which fsdp divides; use ddp")
 
 
 class Method(Protocol):
@@ -264,7 +282,7 @@ class Run:
 
     def _forward_backward(self, examples: Tensor) -> dict[str, float]:
         """Gradients of one step's loss, moved onto the trained entries."""
-        share = self.settings.micro_batch or max(1, self.settings.batch // self.distribution.world)
+        share = self.distribution.micro_batch(self.settings.batch, self.settings.micro_batch)
         everyones = list(examples.split(share))
         terms = sum(self.objective.size(part) for part in everyones)
         parts, means = self.distribution.own(everyones), Counter[str]()
@@ -290,7 +308,7 @@ class Run:
         return self._orders[epoch]
 
     def _new_order(self, epoch: int, count: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.settings.seed * 100_003 + epoch)
+        generator = torch.Generator().manual_seed((self.settings.seed or 0) * 100_003 + epoch)
         order = torch.randperm(count, generator=generator)
         lengths = self.objective.lengths
         return order if lengths is None else by_length(order, torch.tensor(lengths), self.settings.batch, generator)
@@ -321,7 +339,7 @@ class Run:
             entry.publish()
         self.quantized = manifest["quantized"]
         if self.quantized:
-            self.method.quantize_from(self.snapshots.load_weights())
+            self.method.quantize_from(self.snapshots.load_weights(next(self.model.parameters()).device))
         self.step, self.trained_tokens = manifest["step"], manifest["trained_tokens"]
         self.guard.losses, self.last = manifest["losses"], manifest.get("last", {})  # older snapshots have none
         for name, value in manifest["plan"].items():

@@ -67,6 +67,8 @@ class ReconstructionSettings:
     def __post_init__(self) -> None:
         if min(self.samples, self.passes, self.batch) < 1 or self.learning_rate <= 0:
             raise ValueError("samples, passes, batch and learning_rate of reconstruction must be above 0")
+        if not 0 <= self.warmup < 1 or self.clip < 0:
+            raise ValueError("warmup of reconstruction must lie in [0, 1), clip not be negative (0: off)")
 
 
 def reconstruct(
@@ -259,7 +261,7 @@ def _train(
             norm = alone.gradient_norm(entries)
             rate = learning_rate((step + 0.5) / total, settings.learning_rate, settings.warmup, 0.0)
             step += 1
-            scale = min(1.0, settings.clip / (norm + 1e-6))
+            scale = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
             for entry, size in zip(entries, sizes, strict=True):
                 adam_steps([entry], _ADAM, step=step, rate=rate * size, decay=0.0, scale=scale)
     for entry in entries:

@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 SCHEDULES = ("cosine", "linear", "constant")
 
+FEW_STEPS = 10
+"""Fewer steps are no schedule: the first runs at a rate of about 0, and masks hardly move."""
 _TIMED_STEPS = 4
 _LATE = 1.1
 
@@ -110,9 +112,14 @@ class Plan:
         left = self.budget.seconds - self.spent_seconds
         if not self.fixed:
             self.total = step + 1 + max(0, int(left / expected))
-            self.fixed = step + 1 >= _TIMED_STEPS
+            self.fixed = step + 1 >= min(_TIMED_STEPS, self.total)
             if self.fixed:
-                log.info("%d steps fit into %.0f s at %.2f s each", self.total, self.budget.seconds, expected)
+                few = self.total < FEW_STEPS
+                more = ": too few for a schedule, give a longer budget or a smaller batch" if few else ""
+                message = "%d steps fit into %.0f s at %.2f s each%s"
+                log.log(
+                    logging.WARNING if few else logging.INFO, message, self.total, self.budget.seconds, expected, more
+                )
         elif self._late(step + 1, left, expected):
             self._shorten(step + 1, left, expected)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -143,9 +144,9 @@ class Snapshots:
         sync(scratch)
         os.replace(scratch, self.folder / _WEIGHTS)
 
-    def load_weights(self) -> dict[str, Tensor]:
-        """The weights that the quantised share started from."""
-        weights: dict[str, Tensor] = load_file(self.folder / _WEIGHTS)
+    def load_weights(self, device: torch.device) -> dict[str, Tensor]:
+        """The weights that the quantised share started from, where they train."""
+        weights: dict[str, Tensor] = load_file(self.folder / _WEIGHTS, device=str(device))
         return weights
 
     def clear(self) -> None:

@@ -23,6 +23,7 @@ from compressor.retraining.loop import (
     LoopSettings,
     Progress,
     Run,
+    check_spread,
     checkpointed,
     identity_of,
     plain_attention,
@@ -108,8 +109,7 @@ def finetune(
     before, home = next(model.parameters()).dtype, next(model.parameters()).device
     model.to(training_device())
     spread = distribution(loop.distribution)
-    if spread.sharded:
-        raise ValueError("fine-tuning for a task is not sharded: give loop.distribution=ddp, or one process")
+    check_spread(spread, loop, for_task=True)
     spread.take_from_first(model.parameters())
     snapshots = None
     if work_dir is not None:
@@ -179,7 +179,7 @@ def _trainer(
         return FullTraining(what.method, linears, others, what.shape, what.settings, adam, head=what.head, snap=snap)
     settings = what.settings if what.method == "pst" else lora_settings(what.settings)
     head = {name: parameter for name, parameter in others.items() if name in what.head}
-    return Pst(linears, head, what.shape, settings, adam, structures=what.structures, seed=loop.seed, snap=snap)
+    return Pst(linears, head, what.shape, settings, adam, structures=what.structures, seed=loop.seed or 0, snap=snap)
 
 
 def sizes(entries: Iterable[Trained]) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """What the teacher says of each block of text, kept on disk, so that it runs once for several students.
 
-Two kinds. `hidden` keeps the teacher's last hidden states in bf16: exact, H numbers a token, and the teacher's head is
-run again. `top-k` keeps the k most likely next tokens and their log-probabilities: smaller where k is well under H / 3,
-and the loss then treats all other tokens as one (distillation.py).
+Two kinds. `hidden` keeps the teacher's last hidden states in the dtype that computes: exact, H numbers a token, and the
+teacher's head is run again. `top-k` keeps the k most likely next tokens and their log-probabilities: smaller where k is
+well under H / 3, and the loss then treats all other tokens as one (distillation.py).
 
 A block is filled when a student first asks for it. Its checksum is written after it, so a block that a crash left half
 written counts as absent.

@@ -104,17 +104,18 @@ class TextDistillation:
             for parameter in teacher.parameters():
                 parameter.data = parameter.data.to(dtype)
             if self._kind != "off":
-                self._cache = self._open_cache(teacher)
+                self._cache = self._open_cache(teacher, dtype)
         self._heads = head_of(model), None if teacher is None else head_of(teacher)
 
-    def _open_cache(self, teacher: nn.Module) -> TeacherCache:
+    def _open_cache(self, teacher: nn.Module, dtype: torch.dtype) -> TeacherCache:
         hidden = self._kind == "hidden"
-        key = cache_key(teacher, self.tokens_NL, self._kind, None if hidden else (self._top_k, self.temperature))
+        kept = dtype if hidden else (self._top_k, self.temperature)
+        key = cache_key(teacher, self.tokens_NL, self._kind, kept)
         positions = self.tokens - 1
         with torch.no_grad():
             width = hidden_states(teacher, self.tokens_NL[:1, :2].to(next(teacher.parameters()).device)).shape[-1]
         if hidden:
-            return TeacherCache(key, self.count, {"hidden": ((positions, width), torch.bfloat16)})
+            return TeacherCache(key, self.count, {"hidden": ((positions, width), dtype)})
         shape = (positions, self._top_k)
         return TeacherCache(key, self.count, {"log_p": (shape, torch.float16), "ids": (shape, torch.int32)})
 

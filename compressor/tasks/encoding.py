@@ -86,16 +86,22 @@ def encode_prompts(tokenizer: Any, examples: Sequence[Example]) -> list[list[int
     return [[*opening_of(tokenizer), *ids] for ids in found]
 
 
+def cut_prompt(prompt: list[int], opening: int, length: int) -> list[int]:
+    """A prompt of at most so many tokens, cut at its front; its opening stays where there is room for more."""
+    if len(prompt) <= length:
+        return prompt
+    return [*prompt[:opening], *prompt[opening - length :]] if length > opening else prompt[-length:]
+
+
 def encode_answers(tokenizer: Any, examples: Sequence[Example], length: int) -> Answers:
     """Encodes prompts and their first references; a prompt that leaves no room for its answer is cut at its front."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer names no end-of-text token, which tells where a written answer ends")
-    starts, opening = encode_prompts(tokenizer, examples), opening_of(tokenizer)
+    starts, opening = encode_prompts(tokenizer, examples), len(opening_of(tokenizer))
     ends = tokenizer([example.references[0] for example in examples], add_special_tokens=False)["input_ids"]
     prompts, targets = [], []
     for start, end in zip(starts, ends, strict=True):
         target = [*end, tokenizer.eos_token_id][: length - 1]
         targets.append(target)
-        room = length - len(target) - len(opening)
-        prompts.append([*opening, *start[len(opening) :][-room:]] if room > 0 else start[-(length - len(target)) :])
+        prompts.append(cut_prompt(start, opening, length - len(target)))
     return Answers(prompts, targets, length)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from compressor.calibration import evaluating
+from compressor.data import opening_of
 from compressor.precision import widened
-from compressor.tasks.encoding import Labelled, encode_labelled, encode_prompts
+from compressor.tasks.encoding import Labelled, cut_prompt, encode_labelled, encode_prompts
 from compressor.tasks.metrics import measure
 from compressor.tasks.task import Example, Task
 
@@ -35,9 +36,13 @@ def predict(model: nn.Module, encoded: Labelled, batch: int = 64) -> list[Any]:
 def write(
     model: Any, tokenizer: Any, examples: Sequence[Example], *, length: int, beams: int = 4, batch: int = 8
 ) -> list[str]:
-    """A text for every prompt, by beam search, up to `length` tokens in all."""
+    """A text for every prompt, by beam search, up to `length` tokens in all.
+
+    A prompt that leaves less than a quarter of them to its answer is cut at its front.
+    """
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    prompts = encode_prompts(tokenizer, examples)
+    opening, most = len(opening_of(tokenizer)), length - max(1, length // 4)
+    prompts = [cut_prompt(prompt, opening, most) for prompt in encode_prompts(tokenizer, examples)]
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     found: dict[int, str] = {}
     with evaluating(model), widened(model):
@@ -51,7 +56,7 @@ def write(
                 attention_mask=torch.tensor(mask, device=model.device),
                 num_beams=beams,
                 do_sample=False,
-                max_new_tokens=max(8, length - width),
+                max_new_tokens=length - width,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=padding,
             )

@@ -7,16 +7,18 @@ word. CoLA's have no header either, and a few questions of QQP's hold line break
 from __future__ import annotations
 
 import csv
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from compressor.data import parse_json
+
 log = logging.getLogger(__name__)
 
 # More torn lines than one in so many, and the file is not what it is taken for.
 _LINES_PER_TORN = 1000
+_FIELD_CHARACTERS = 1 << 30
 SUFFIXES = (".jsonl", ".tsv", ".csv", ".parquet")
 ACCEPTED = "a folder with train and dev files, one file (.jsonl, .tsv, .csv, .parquet), or a hub data set id"
 _NAMES = {"train": ("train", "trainset"), "validation": ("dev", "validation", "valid", "devset"), "test": ("test",)}
@@ -28,10 +30,11 @@ def read_records(path: Path, columns: Sequence[str] | None = None) -> list[dict[
     Raises:
         ValueError: the file is of another kind, badly encoded or torn; says where.
     """
-    if path.suffix not in SUFFIXES:
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
         raise ValueError(f"{path} is not understood; accepted: {', '.join(SUFFIXES)}")
     try:
-        records = list(_READERS[path.suffix](path, columns))
+        records = list(read(path, columns))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start})") from None
     if not records:
@@ -58,18 +61,20 @@ def _tsv(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
 
 
 def _csv(path: Path, _columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(_FIELD_CHARACTERS)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
+        reader = csv.DictReader(file)
+        try:
+            yield from reader
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.reader.line_num} is not CSV: {error}") from None
 
 
 def _jsonl(path: Path, _columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error.msg}") from None
+        record = parse_json(line, f"{path}, line {number}")
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number} is not an object")
         yield record

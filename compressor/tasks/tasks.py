@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,23 +82,41 @@ def _examples(
 ) -> list[Example]:
     examples = []
     for number, record in enumerate(records, start=1):
-        missing = [field for field in (*fields, label) if record.get(field) is None]
+        missing = [field for field in fields if record.get(field) is None]
+        missing += [label] if _blank(record.get(label)) else []
         if missing:
             raise ValueError(f"record {number} has no {', '.join(missing)}; it has {', '.join(map(str, record))}")
         text, *pair = (str(record[field]) for field in fields)
-        value = float(record[label]) if kind == "regression" else _class_of(record[label], labels, number)
+        value = _number(record[label], number) if kind == "regression" else _class_of(record[label], labels, number)
         if kind == "regression" or value >= 0:  # the hub marks what nobody labelled with -1
             examples.append(Example(text, pair[0] if pair else None, value))
     return examples
+
+
+def _blank(value: Any) -> bool:
+    """Whether a field holds nothing: in CSV and TSV that is an empty text."""
+    return value is None or not str(value).strip()
+
+
+def _number(value: Any, number: int) -> float:
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"record {number} has the label {value!r}; a regression needs a finite number")
+    return found
 
 
 def _class_of(value: Any, labels: Sequence[str], number: int) -> int:
     text = str(value)
     if text in labels:
         return labels.index(text)
-    if text.lstrip("-").isdigit() and -1 <= int(text) < len(labels):
+    named = not any(label.lstrip("-").replace(".", "").isdigit() for label in labels)  # numbers are names, not places
+    if text == "-1" or (named and text.isdigit() and int(text) < len(labels)):
         return int(text)
-    raise ValueError(f"record {number} has the label {text!r}; accepted: {', '.join(labels)}, or their numbers")
+    accepted = ", ".join(labels) + (", or their numbers" if named else "")
+    raise ValueError(f"record {number} has the label {text!r}; accepted: {accepted}")
 
 
 def _e2e(path: str | None) -> Task:
@@ -120,7 +139,7 @@ def _e2e(path: str | None) -> Task:
 def _generation(records: Sequence[Mapping[str, Any]], source: str, target: str) -> list[Example]:
     examples = []
     for number, record in enumerate(records, start=1):
-        if record.get(source) is None or record.get(target) is None:
+        if record.get(source) is None or _blank(record.get(target)):
             raise ValueError(f"record {number} has no {source} or no {target}; it has {', '.join(map(str, record))}")
         found = record[target] if isinstance(record[target], list) else [record[target]]
         references = tuple(f" {str(text).strip()}" for text in found)
@@ -174,7 +193,7 @@ def _custom_records(path: str) -> Records:
 
 def _labels(records: Sequence[Mapping[str, Any]], field: str) -> tuple[str, ...]:
     """The classes' names in order; numbers in the order of numbers."""
-    found = {str(record[field]) for record in records if record.get(field) is not None}
+    found = {str(record[field]) for record in records if not _blank(record.get(field))}
     if len(found) < 2:
         raise ValueError(f"field {field!r} holds {len(found)} different labels; a classifier needs at least 2")
     if len(found) > 1000:

@@ -78,6 +78,13 @@ def test_a_line_of_jsonl_ends_with_a_newline_alone(tmp_path: Path) -> None:
     assert sorted("".join(map(chr, loaded.blocks[0])).split("\0")[:2]) == ["a\u2028b\u2029c\x85d", "e\u2028f"]
 
 
+def test_half_a_character_is_read_as_unknown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "ab"}\n{"text": "c\\uD83D"}\n')
+    assert "c\ufffd" in "".join(map(chr, load_text(str(path), Letters(), length=6).blocks[0]))
+    assert f"{path}, line 2 holds half" in caplog.text
+
+
 def test_ids_take_four_bytes_each() -> None:
     ids, used = data._tokenize(["ab", "c"], Letters(), None)
     assert (ids.itemsize, list(ids), used) == (4, [97, 98, 0, 99, 0], 2)
@@ -107,6 +114,9 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n{"tex', "line 2 is not JSON"),
         ("a.jsonl", b'{"body": "a"}\n', "a field 'text'"),
         ("a.jsonl", b'"just a string"\n', "a field 'text'"),
+        ("a.JSONL", b'{"body": "a"}\n', "a field 'text'"),
+        ("a.json", b'[{"text": "a"}]', "is a JSON file, which is not read. Write it as .jsonl"),
+        ("a.TSV", b"text\na", "is a TSV file"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from compressor import kernels
 from compressor.kernels.training import refresh
-from compressor.masks import MaskShape, check_mask, check_n_m, flip_rate, keep_highest, n_m_mask
+from compressor.masks import MaskShape, check_mask, check_n_m, flip_rate, keep_highest, keep_highest_of_rows, n_m_mask
 
 
 def by_sort(score: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -119,6 +119,13 @@ def test_an_unstructured_mask_keeps_the_highest_and_breaks_ties_by_position() ->
     assert keep_highest(score, 6).all()
     with pytest.raises(ValueError, match="7 of 6"):
         keep_highest(score, 7)
+
+
+def test_the_highest_of_rows_are_as_many_in_each() -> None:
+    score = torch.tensor([[9.0, 8.0, 7.0, 6.0], [1.0, 2.0, 3.0, 4.0], [5.0, 5.0, 5.0, 5.0]])
+    mask = keep_highest_of_rows(score, 7)
+    assert mask.tolist() == [[True, True, True, False], [False, False, True, True], [True, True, False, False]]
+    assert keep_highest_of_rows(score, 12).all() and not keep_highest_of_rows(score, 0).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

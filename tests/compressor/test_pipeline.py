@@ -1,9 +1,11 @@
 """The command `compress` on tiny models, through its own entry point."""
 
+import gc
 import json
 import re
 import shutil
 import sys
+import weakref
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -325,6 +327,75 @@ class TestBadInput:
         assert "truncated" in self.run(capsys, tmp_path / "model", tmp_path / "o")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "settings", "why"),
+    [
+        ("ast-2of4-int4", ["retraining.loop.teacher_cache=top-k", "retraining.loop.teacher_top_k=301"], "300 tokens"),
+        ("cast-2of4-bf16", ["retraining.cast.row_parts=3"], "has 64 inputs to divide"),
+    ],
+)
+def test_what_retraining_refuses_is_refused_before(
+    recipe: str, settings: list[str], why: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=why):
+        check(tiny_llama, load_recipe(recipe, settings), tmp_path / "out")
+
+
+def test_a_budget_of_time_holds_steps(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compressor.preflight.training_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("compressor.preflight.tokens_within", lambda seconds, *_: 64.0 * seconds)
+
+    def notes(budget: str) -> str:
+        recipe = load_recipe("ast-2of4-bf16", [f"retraining.budget={budget}"])
+        return " ".join(check(tiny_llama, recipe, tmp_path / "out").notes)
+
+    with pytest.raises(ValueError, match=r"a step of 256 tokens takes about 4\.0 s\. Give 40s or more"):
+        notes("1s")
+    assert "about 2.5 steps of 256 tokens fit into the budget" in notes("10s")
+    assert "fit into the budget" not in notes("1m") + notes("1tok")
+
+
+def test_calibration_does_not_read_what_is_held_out(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("ast-2of4-int4", [f"text.source={prose}", "sparsity.criterion=wanda", "sparsity.samples=1000"])
+    plan = check(tiny_llama, recipe, tmp_path / "out")
+    text = pipeline.read_text(tiny_llama, recipe, Mock(), None)
+    assert text is not None
+    sparse = pipeline.sparsify(load_model(tiny_llama), recipe, plan, text, lambda *_: None)
+    read = text.split(pipeline.held_out(recipe))[0]
+    assert {layer.tokens for layer in sparse.stats.values()} == {read.numel()}
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_teacher_that_teaches_nothing_is_let_go(
+    weight: float, tiny_llama: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [f"text.source={prose}", f"retraining.loop.kl_weight={weight}", "sparsity.criterion=magnitude"]
+    recipe = load_recipe("ast-2of4-bf16", [*settings, "retraining.budget=1ktok"])
+    plan = check(tiny_llama, recipe, tmp_path / "out")
+    text = pipeline.read_text(tiny_llama, recipe, Mock(), None)
+    sparse = pipeline.sparsify(load_model(tiny_llama), recipe, plan, text, lambda *_: None)
+    teachers: list[Any] = []
+    whole = pipeline.load_model
+
+    def load(folder: Path) -> Any:
+        model = whole(folder)
+        teachers.append(weakref.ref(model))
+        return model
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*_: Any, **__: Any) -> None:
+        gc.collect()
+        assert (teachers[0]() is None) is (weight == 0.0)
+        raise Stopped
+
+    monkeypatch.setattr(pipeline, "load_model", load)
+    monkeypatch.setattr(pipeline.retraining, "retrain", stop)
+    with pytest.raises(Stopped):
+        retrain(sparse, tiny_llama, recipe, text, pipeline.Result(tmp_path / "out", plan), lambda *_: None)
+
+
 def test_dry_run_writes_nothing(
     capsys: pytest.CaptureFixture[str], tiny_llama: Path, prose: Path, tmp_path: Path
 ) -> None:
@@ -354,6 +425,68 @@ def test_the_environment_stands_in_for_the_flags_that_the_help_names(monkeypatch
     options = vars(parser().parse_args(["model"]))
     assert {name for name, value in options.items() if value == "given"} == {name.lower() for name in named}
     assert "every flag" not in str(parser().epilog)
+
+
+@pytest.mark.parametrize("given", [["--out", ""], []])
+def test_an_empty_output_is_no_folder(
+    given: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFWEIGHT_OUT", "")
+    (tmp_path / "kept").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["any", "--recipe", "int4", "--force", *given])
+    assert "--out is missing or empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", "any", "--to", "dense", "--out", ""])
+    assert "argument --out: is empty" in capsys.readouterr().err
+    assert (tmp_path / "kept").exists()
+
+
+def test_force_replaces_checkpoints_and_nothing_else(
+    one_shot: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("")
+    for out, why in ((tmp_path / "thesis", "holds other things"), (tiny_llama, "which is read")):
+        for command in ([str(tiny_llama), "--recipe", "int4"], ["export", str(tiny_llama), "--to", "dense"]):
+            assert main([*command, "--out", str(out), "--force"]) == 1
+            assert why in capsys.readouterr().err
+    shutil.copytree(one_shot, tmp_path / "out")
+    assert main([str(tiny_llama), "--recipe", "int4", "--out", str(tmp_path / "out"), "--force"]) == 0
+    assert "int4" in {row.format for row in inspect(tmp_path / "out").rows}
+
+
+def test_a_budget_needs_a_retraining(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--print-config", "--recipe", "one-shot-2of4-int4"]
+    assert main([*command, "--budget", "10m"]) == 1
+    assert "'one-shot-2of4-int4' has none" in capsys.readouterr().err
+    assert main([*command, "--budget", "10m", "--set", "retraining.method=ast"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["retraining"]["budget"] == "10m"
+    monkeypatch.setenv("HALFWEIGHT_BUDGET", "10m")
+    assert main(command) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["retraining"] is None
+
+
+def test_the_recipe_is_printed_in_full_without_a_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--print-config", "--recipe", "one-shot-2of4-int4"]) == 0
+    shown = capsys.readouterr().out
+    assert {"task", "reconstruction", "retraining"} <= yaml.safe_load(shown).keys()
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert load_recipe(str(tmp_path / "shown.yaml")) == load_recipe("one-shot-2of4-int4")
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "out")])
+    assert "MODEL is missing" in capsys.readouterr().err
+
+
+def test_only_the_first_of_several_processes_tells_what_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys.modules["compressor.retraining.distribution"], "join", lambda: (1, 2))
+    monkeypatch.setattr(pipeline, "compress", lambda *_, report, **__: report("train", 0, 1, {}))
+    assert main(["any", "--recipe", "int4", "--out", str(tmp_path / "out"), "--tensorboard", str(tmp_path / "tb")]) == 0
+    shown = capsys.readouterr()
+    assert not shown.out and not shown.err and not (tmp_path / "tb").exists()
 
 
 def test_print_config_shows_overrides(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, call
 
 import pytest
 
@@ -63,6 +66,30 @@ def test_the_page_of_a_checkpoint_and_of_a_run_in_progress(
     assert len(list(page.iter(f"{SVG}polyline"))) == 8
 
 
+@pytest.mark.parametrize(
+    ("metrics", "titles"),
+    [
+        ({"total": 2.0, "accuracy": 0.5, "kl": 0.1}, ["mean of examples", "Accuracy", "KL, mean of examples"]),
+        ({"total": 2.0, "ce": 1.5, "sparsity": 0.5}, ["nats a token", "Sparsity", "tokens, padding too"]),
+    ],
+)
+def test_the_page_of_a_task_has_its_own_units(metrics: dict[str, float], titles: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"step": i, "tokens": i, **{name: value / i for name, value in metrics.items()}} for i in (1, 2, 3)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    texts = {"".join(text.itertext()) for text in ElementTree.fromstring(training_page(file, "a")).iter(f"{SVG}text")}
+    assert texts.issuperset(titles) and "Distance from the dense model" not in texts
+    assert ("nats a token" in texts) is ("ce" in metrics)
+
+
+def test_a_run_in_progress_comes_before_the_checkpoint_that_it_replaces(tmp_path: Path) -> None:
+    for place, (newest, other) in enumerate((("out", ".out.work"), (".out.work", "out"))):
+        write_metrics(tmp_path / other / "metrics.jsonl")
+        write_metrics(tmp_path / newest / "metrics.jsonl")
+        os.utime(tmp_path / newest / "metrics.jsonl", (2e9 + place, 2e9 + place))
+        assert metrics_file(tmp_path / "out").parent.name == newest
+
+
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text(
@@ -117,11 +144,15 @@ def test_tensorboard_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         pass
 
 
-def test_scalars_are_written(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+def test_the_numbers_of_every_stage_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, ...]] = []
+    writer = MagicMock()
+    monkeypatch.setattr("compressor.tensorboard.find_spec", lambda _name: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", MagicMock(SummaryWriter=writer))
     with scalars(str(tmp_path), lambda *progress: seen.append(progress)) as report:
         report("prune", 1, 2, {})
         report("retrain", 1, 2, {"loss": 1.0})
-    assert len(seen) == 2
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+        report("fine-tune", 2, 3, {"accuracy": 0.5, "teacher": "none"})
+    assert len(seen) == 3
+    written = writer.return_value.__enter__.return_value.add_scalar.call_args_list
+    assert written == [call("retrain/loss", 1.0, 1), call("fine-tune/accuracy", 0.5, 2)]

@@ -61,6 +61,33 @@ def test_mistakes_say_what_is_accepted(override: str, message: str) -> None:
         load_recipe("ast-2of4-int4", [override])
 
 
+def test_settings_of_a_retraining_add_none_unasked() -> None:
+    with pytest.raises(RecipeError, match=r"no retraining.*retraining\.method=ast"):
+        load_recipe("one-shot-2of4-int4", ["retraining.loop.batch=2"])
+    added = load_recipe("one-shot-2of4-int4", ["retraining.loop.batch=2", "retraining.method=ast"])
+    assert added.retraining is not None and added.retraining.loop.batch == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "why"),
+    [
+        ("ast-slorb-2of4-int4", ["retraining.method=cast"], r"--set retraining\.ast=\{\}"),
+        ("ast-2of4-int4", ["retraining.heads_and_neurons=0.5"], "by pst only"),
+        ("ast-2of4-int4", ["retraining.pst.weight_rank=2"], r"retraining\.pst says nothing to method 'ast'"),
+        ("pst-2of4-int4", ["task.name=rte", "sparsity.criterion=magnitude"], r"leave sparsity\.criterion out"),
+    ],
+)
+def test_settings_of_another_method_are_refused(name: str, overrides: list[str], why: str) -> None:
+    with pytest.raises(RecipeError, match=why):
+        load_recipe(name, overrides)
+    assert load_recipe("ast-slorb-2of4-int4", ["retraining.method=cast", "retraining.ast={}"]).retraining is not None
+
+
+def test_the_seed_reaches_the_loop_unless_it_has_one_of_its_own() -> None:
+    assert load_recipe("ast-2of4-int4", ["seed=3"]).loop.seed == 3
+    assert load_recipe("ast-2of4-int4", ["seed=3", "retraining.loop.seed=0"]).loop.seed == 0
+
+
 def test_files_and_their_faults(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("quantization: {values: int8}")

@@ -24,6 +24,7 @@ from compressor.retraining import (
     retrain,
     text_loss,
 )
+from compressor.retraining.loop import training_device
 from compressor.retraining.snapshots import Snapshots
 from tests.retraining import FP32, gpt2, linears_of, llama, masks_of, opt, run, text
 
@@ -333,6 +334,7 @@ def test_an_interrupted_quantised_share_goes_on_with_the_same_grids(tmp_path: Pa
     loop = LoopSettings(batch=4, learning_rate=3e-2, quantize_share=0.5, precision="fp32", checkpoint_minutes=0.0)
 
     def snap(_name: str, weight: torch.Tensor) -> Any:
+        assert weight.device == training_device()
         scale = weight.abs().amax() / 7
         return lambda values, rows: (values / scale).round().clamp(-7, 7) * scale
 
@@ -346,6 +348,11 @@ def test_an_interrupted_quantised_share_goes_on_with_the_same_grids(tmp_path: Pa
         run(llama(), loop=loop, snap=snap, work_dir=tmp_path, progress=interrupt)
     run(interrupted, loop=loop, snap=snap, work_dir=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), interrupted.parameters(), strict=True))
+
+
+def test_weights_to_quantise_come_back_to_where_they_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compressor.retraining.snapshots.load_file", lambda _file, device: {"a": device})
+    assert Snapshots(tmp_path, "run").load_weights(torch.device("cuda", 1)) == {"a": "cuda:1"}
 
 
 def test_a_half_written_snapshot_is_ignored(tmp_path: Path) -> None:

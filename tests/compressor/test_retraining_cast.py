@@ -10,7 +10,7 @@ from torch import nn
 
 from compressor.calibration import weight_of
 from compressor.masks import check_n_m
-from compressor.retraining import Budget, CastSettings, TextDistillation, retrain
+from compressor.retraining import Budget, CastSettings, TextDistillation, retrain, text_loss
 from compressor.retraining.cast import Cast
 from compressor.retraining.optimizers import AdamSettings
 from tests.retraining import FP32, gpt2, linears_of, llama, masks_of, text
@@ -56,6 +56,19 @@ def test_steps_follow_the_formula() -> None:
         torch.testing.assert_close(
             linear.weight.detach().double(), w * a.repeat_interleave(4, dim=1), rtol=1e-5, atol=1e-6
         )
+
+
+def test_the_loss_before_is_that_of_the_pruned_model() -> None:
+    model = llama()
+    pruned, linears = copy.deepcopy(model), linears_of(model)
+    with torch.no_grad():
+        for name, mask in masks_of(linears).items():
+            weight_of(pruned.get_submodule(name)).mul_(mask)
+    report = retrain(
+        model, TextDistillation(text(), copy.deepcopy(model)), linears, masks_of(linears), Budget(tokens=64),
+        loop=FP32, settings=CastSettings(), method="cast", validation=text(8),
+    )  # fmt: skip
+    assert report.validation_loss_before == pytest.approx(text_loss(pruned, text(8)))
 
 
 def test_the_decay_takes_masked_weights_to_about_the_final_rate() -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from compressor import preflight
 from compressor.calibration import weight_of
+from compressor.recipe import load_recipe
 from compressor.retraining import LoopSettings
 from compressor.retraining.distribution import Distribution
 from tests.retraining import gpt2, linears_of, llama, run
@@ -128,9 +130,28 @@ def test_all_start_from_what_the_first_has(tmp_path: Path) -> None:
 
 
 def test_batches_that_cannot_be_shared_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 micro-batches cannot be shared by 2 processes"):
-        Distribution(0, 2).own(list(torch.arange(6).split(2)))
+    with pytest.raises(ValueError, match="a batch of 6 in micro-batches of 2 cannot be shared by 2 processes"):
+        Distribution(0, 2).micro_batch(6, 2)
+    with pytest.raises(ValueError, match="a batch of 1 in micro-batches of 1"):
+        Distribution(0, 2).micro_batch(1, None)
+    assert Distribution(0, 2).micro_batch(8, 2) == 2 and Distribution(0, 2).micro_batch(8, None) == 4
     assert [len(part) for part in Distribution(1, 2).own(list(torch.arange(8).split(2)))] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "why"),
+    [
+        ("ast-2of4-int4", ["retraining.loop.batch=3"], "a batch of 3 in micro-batches of 1"),
+        ("ast-2of4-int4", ["retraining.loop.quantize_share=0.1"], "quantize_share needs all rows"),
+        ("ast-2of4-int4", ["sparsity.pattern=50%"], "a 50% mask compares weights of the whole layer"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused_before_any_work(
+    recipe: str, settings: list[str], why: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "distribution", lambda _strategy: Distribution(0, 2, sharded=True))
+    with pytest.raises(ValueError, match=why):
+        preflight.check(tiny_llama, load_recipe(recipe, ["retraining.loop.batch=4", *settings]), tmp_path / "out")
 
 
 def test_a_mask_that_lost_its_weight_raises() -> None:

@@ -96,6 +96,19 @@ def test_every_token_counts_alike() -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="must be above 0"):
         ReconstructionSettings(passes=0)
+    for wrong in ({"warmup": 1.0}, {"clip": -1.0}):
+        with pytest.raises(ValueError, match="warmup of reconstruction must lie"):
+            ReconstructionSettings(**wrong)
+
+
+def test_a_clip_of_zero_is_none() -> None:
+    torch.set_num_threads(1)
+    errors = []
+    for clip in (0.0, 1e9):
+        model, settings = llama(), dataclasses.replace(SETTINGS, clip=clip)
+        linears = linears_of(model)
+        errors.append(reconstruct(model, llama(), linears, masks_of(linears), text(), settings, precision="fp32"))
+    assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("killed_after", [1, 2])

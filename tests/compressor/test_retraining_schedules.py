@@ -82,10 +82,19 @@ def test_a_fast_machine_does_not_lengthen_it() -> None:
     assert step == 50
 
 
-def test_the_first_step_may_take_more_than_the_budget() -> None:
+def test_the_first_step_may_take_more_than_the_budget(caplog: pytest.LogCaptureFixture) -> None:
     plan = Plan(Budget(seconds=1.0), tokens_per_step=1)
     plan.took(0, 60.0)
     assert plan.done(1) and math.isclose(plan.progress(1), 1.0)
+    assert "1 steps fit into 1 s at 60.00 s each: too few for a schedule" in caplog.text
+
+
+def test_few_steps_are_told_and_enough_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    for seconds, told in ((12.0, False), (9.0, True)):
+        plan = Plan(Budget(seconds=seconds), tokens_per_step=1)
+        for step in range(int(seconds)):
+            plan.took(step, 1.0)
+        assert ("too few" in caplog.text) is told
 
 
 @pytest.mark.parametrize("given", [{}, {"tokens": 1, "seconds": 1.0}, {"tokens": 0}, {"seconds": -1.0}])

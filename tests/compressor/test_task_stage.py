@@ -7,17 +7,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from compressor import task_stage
 from compressor.checkpoint import Checkpoint, sha256_of
 from compressor.cli import main
 from compressor.exports import export_checkpoint
 from compressor.inspection import packed_modules, verify
 from compressor.masks import check_n_m
 from compressor.models import load_classifier
+from compressor.recipe import TaskSection
+from compressor.tasks import Example, Task
 from serve.engine.encoder import EncoderEngine
 from tests.compressor.test_exports_classifiers import run_onnx
 from tests.serve.test_encoder import ask
@@ -96,6 +100,7 @@ def test_a_classifier_is_fine_tuned_pruned_packed_and_loaded(tuned: Path) -> Non
     assert {scheme.format for scheme in packed_modules(checkpoint).values()} == {f"sparse24_{values}", "int8"}
     card = (tuned / "README.md").read_text()
     accuracy = re.search(r"\| test accuracy \| ([\d.]+) \|", card)
+    assert re.search(r"\| validation accuracy \| [\d.]+ \|", card)
     commonest = re.search(r"\| test share of commonest class \| ([\d.]+) \|", card)
     assert accuracy is not None and commonest is not None
     assert float(accuracy[1]) > 0.9 and 0.5 <= float(commonest[1]) < 0.7
@@ -313,6 +318,21 @@ def test_robertas_positions_begin_behind_the_one_for_padding(
     assert main(command) == 0
     assert main([*command, "--set", "task.length=33"]) == 1
     assert "the model has 32 positions" in capsys.readouterr().err
+
+
+def test_what_is_tested_lies_where_it_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def evaluated(model: Any, *_: Any, **__: Any) -> dict[str, float]:
+        seen.append(model.weight.device.type)
+        return {"accuracy": 1.0}
+
+    monkeypatch.setattr(task_stage, "training_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(task_stage, "evaluate", evaluated)
+    example = Example("a", label=0)
+    task = Task("some", "classification", ("x", "y"), ("accuracy",), [example], [example], [example])
+    figures = task_stage._tested(torch.nn.Linear(4, 4), None, task, TaskSection(name="custom"), lambda *_: None)
+    assert seen == ["meta", "meta"] and figures["validation_accuracy"] == figures["test_accuracy"] == 1.0
 
 
 def test_a_task_recipe_without_a_task_is_refused(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from compressor.tasks import TASKS, Example, Task, TaskSource, load_task
-from compressor.tasks.encoding import Answers, Labelled, encode
+from compressor.models import load_model
+from compressor.tasks import TASKS, Example, Task, TaskSource, load_task, readers
+from compressor.tasks.encoding import Answers, Labelled, cut_prompt, encode
+from compressor.tasks.evaluation import write
 from compressor.tasks.glue import GLUE
 from compressor.tasks.metrics import METRICS, check_metrics, measure
 from compressor.tasks.packaged import _word_examples
@@ -201,6 +203,38 @@ def test_torn_files_are_named(name: str, text: str, why: str, tmp_path: Path) ->
         read_records(tmp_path / name)
 
 
+def test_long_fields_other_suffixes_and_halves_of_characters_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.CSV").write_text(f"text,label\n{'a' * 200_000},b\n")
+    assert len(read_records(tmp_path / "a.CSV")[0]["text"]) == 200_000
+    with monkeypatch.context() as patch:
+        patch.setattr(readers, "_FIELD_CHARACTERS", 1000)
+        with pytest.raises(ValueError, match="line 2 is not CSV: field larger than field limit"):
+            read_records(tmp_path / "a.CSV")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "\\ud83d b \\ud83d\\ude00"}')
+    assert read_records(tmp_path / "a.jsonl")[1] == {"text": "\ufffd b \U0001f600"}
+    assert "line 2 holds half of a UTF-16 pair" in caplog.text
+
+
+def test_labels_that_are_blank_or_of_another_kind_are_named(tmp_path: Path) -> None:
+    def load(train: str, test: str = "text,label\na,1\n", kind: str = "classification") -> Task:
+        (tmp_path / "train.csv").write_text(
+            "text,label\n" + "".join(f"text {n},{n % 2 + 1}\n" for n in range(60)) + train
+        )
+        (tmp_path / "test.csv").write_text(test)
+        return load_task("custom", TaskSource(str(tmp_path), kind=kind))
+
+    assert load("").labels == ("1", "2") and load("").test[0].label == 0
+    with pytest.raises(ValueError, match="record 61 has no label"):
+        load("text,\n")
+    with pytest.raises(ValueError, match=r"record 1 has the label '0'; accepted: 1, 2$"):
+        load("", "text,label\na,0\n")
+    for label in ("high", "nan"):
+        with pytest.raises(ValueError, match=f"record 61 has the label '{label}'; a regression needs"):
+            load(f"text,{label}\n", kind="regression")
+
+
 def test_an_unknown_label_and_a_missing_field_are_named(tmp_path: Path) -> None:
     for records, why in (
         ([{"sentence": "a", "label": "maybe"}], "record 1 has the label 'maybe'; accepted: negative, positive"),
@@ -287,6 +321,27 @@ def test_answers_end_and_only_they_are_marked() -> None:
     assert marks.sum(1).tolist() == [4, 3]
     assert ids[0][marks[0]].tolist() == tokenizer("yes")["input_ids"] + [tokenizer.eos_token_id]
     assert len(encoded.prompts[1]) == 9, "the prompt gives way, not the answer"
+
+
+def test_a_prompt_is_cut_behind_its_opening() -> None:
+    prompt = [0, *range(1, 10)]
+    assert cut_prompt(prompt, 1, 10) == prompt
+    assert cut_prompt(prompt, 1, 4) == [0, 7, 8, 9]
+    assert cut_prompt(prompt, 0, 4) == [6, 7, 8, 9]
+    assert cut_prompt(prompt, 4, 3) == [7, 8, 9]
+
+
+def test_a_long_prompt_leaves_its_answer_room(tiny_gpt2: Path) -> None:
+    """GPT-2 has no position behind its last."""
+    model, examples = load_model(tiny_gpt2), [Example("a" * 600, references=("b",)), Example("a", references=("b",))]
+    model.generation_config.eos_token_id = None
+    assert len(write(model, make_tokenizer(), examples, length=512, beams=1)) == 2
+    asked: list[tuple[int, int]] = []
+    model.generate = lambda **given: (
+        asked.append((given["input_ids"].shape[1], given["max_new_tokens"])) or given["input_ids"]
+    )
+    write(model, make_tokenizer(), examples, length=64, batch=1)
+    assert asked == [(1, 63), (48, 16)]
 
 
 def test_names_of_tasks() -> None:
