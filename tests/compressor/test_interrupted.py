@@ -68,9 +68,12 @@ def test_another_model_is_refused(command: list[str], tmp_path: Path, capsys: py
     assert "another model" in capsys.readouterr().err
 
 
-def test_other_threads_are_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_threads_are_refused(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For they give other masks in the last bits, whose kept blocks would be trained again first."""
     threads = torch.get_num_threads()
+    monkeypatch.setattr("compressor.machine.available_processors", lambda: threads + 1)
     try:
         torch.set_num_threads(threads + 1)
         assert main(command) == 1
