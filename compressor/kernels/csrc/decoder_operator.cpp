@@ -17,6 +17,7 @@ namespace {
 
 thread_local Scratch decoder_scratch;
 constexpr int64_t kPieceBlocks = 4;  // of a linear that a member takes at once, at least
+constexpr int64_t kSmall = 1 << 22;  // weights of a linear that one token meets in some 50 us
 
 struct Sizes {
   int tokens, hidden, heads, kv_heads, dim, inner;
@@ -77,6 +78,7 @@ class LayerLinear {
   LinearStep& step() { return step_; }
   void fill(const void* x, Dtype dtype, int64_t t, char* row) const { step_.fill(x, dtype, t, row); }
   int blocks() const { return step_.blocks(); }
+  bool is_small() const { return static_cast<int64_t>(weight_.in_features) * weight_.out_features < kSmall; }
   void run(void* out, Dtype dtype, int64_t begin, int64_t end) const { step_.run(bias_data_, bias_dtype_, out, dtype, begin, end); }
 
  private:
@@ -183,10 +185,10 @@ void run_layer(Team::Member& member, const Layer& layer, const Step& step, const
   float* floats = reinterpret_cast<float*>(own);
   const RowsOf before{block ? block : x, s.dtype, s.hidden}, residual{block ? x : nullptr, s.dtype, s.hidden};
   const RowsOf sum{block ? b.sum : x, s.dtype, s.hidden};
-  // One token's product takes as long as its weights are read, best in one go; more tokens' is worth to be balanced.
+  // One token's product with few weights is best done in one go; what takes longer is worth to be balanced.
   const auto multiply = [&](const LayerLinear& linear, void* y) {
     const auto run = [&](int64_t begin, int64_t end) { linear.run(y, s.dtype, begin, end); };
-    s.tokens == 1 ? member.share(linear.blocks(), run) : member.claim(linear.blocks(), kPieceBlocks, true, run);
+    s.tokens == 1 && linear.is_small() ? member.share(linear.blocks(), run) : member.claim(linear.blocks(), kPieceBlocks, true, run);
   };
   member.each(s.tokens, [&](int64_t t) {
     k.rms_norm(before, residual, layer.attention_norm, s.hidden, s.eps, b.normed, b.sum, t, floats);
