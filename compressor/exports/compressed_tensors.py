@@ -38,17 +38,21 @@ def losses(source: Source) -> list[str]:
         raise ValueError(
             f"{turned[0]} is a Conv1D, which compressed-tensors does not know; export to gptq or dense instead"
         )
-    if all(bits_of(scheme) is None for scheme in source.linears().values()):
+    linears = source.linears()
+    if all(bits_of(scheme) is None for scheme in linears.values()):
         raise ValueError("no layer of this checkpoint has integer values; export it to dense instead")
-    for name, scheme in source.linears().items():
+    for name, scheme in linears.items():
         if not _per_row(scheme):
             check_words(name, source.shape_of(name)[1], bits_of(scheme))
-    kinds: dict[tuple[str, str], dict[str, Any]] = {}
-    for name in [*source.linears(), *source.dense_linears()]:
+    kinds: dict[tuple[str, str], set[tuple[int, int] | None]] = {}
+    for name in {*linears, *source.dense_linears()}:
         parent, _, own = name.rpartition(".")
         if fused := next((group for group in _FUSED if own in group), None):
-            kinds.setdefault((parent, " and ".join(fused)), {})[own] = _arguments_of(source.linears().get(name))
-    unlike = [key for key, found in kinds.items() if any(kind != next(iter(found.values())) for kind in found.values())]
+            scheme = linears.get(name, Scheme())
+            bits = bits_of(scheme)
+            kind = None if bits is None else (bits, scheme.group_size)
+            kinds.setdefault((parent, " and ".join(fused)), set()).add(kind)
+    unlike = sorted(key for key, found in kinds.items() if len(found) > 1)
     if not unlike:
         return []
     parent, names = unlike[0]
@@ -83,10 +87,6 @@ def bits_of(scheme: Scheme | None) -> int | None:
     if scheme is None or FORMATS[scheme.format].grid is None:
         return None
     return 4 if FORMATS[scheme.format].grid == (-8, 7) else 8
-
-
-def _arguments_of(scheme: Scheme | None) -> dict[str, Any] | None:
-    return None if scheme is None or bits_of(scheme) is None else _arguments(scheme)
 
 
 def _per_row(scheme: Scheme) -> bool:
