@@ -131,7 +131,7 @@ def _compress(arguments: Sequence[str]) -> int:
     from compressor.machine import use_threads
     from compressor.pipeline import compress
     from compressor.progress import reporter
-    from compressor.retraining.distribution import join
+    from compressor.retraining.distribution import join, leave
     from compressor.streaming import compress_streaming
     from compressor.tensorboard import scalars
 
@@ -139,9 +139,11 @@ def _compress(arguments: Sequence[str]) -> int:
     run = compress_streaming if options.low_memory else compress
     if join()[0]:  # of several processes, the first tells what goes on
         run(options.model, recipe, options.out, force=options.force, report=lambda *_: None)
+        leave()
         return 0
     with reporter() as shown, scalars(options.tensorboard, shown) as report:
         result = run(options.model, recipe, options.out, force=options.force, report=report)
+    leave()
     _summary(result)
     return 0
 

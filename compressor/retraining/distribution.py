@@ -176,6 +176,16 @@ def main_first() -> AbstractContextManager[None]:
     return context
 
 
+def leave() -> None:
+    """Ends the group, once this process's work is done; nothing may be asked of it after.
+
+    A thread of gloo's that still lets go of a tensor while Python ends aborts the process; ending the group ends them.
+    A process that failed does without: to end a group may mean to wait for the others, who wait for it.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def distribution(strategy: str = "auto") -> Distribution:
     """How this process takes part; alone where nothing launched it."""
     rank, world = join()

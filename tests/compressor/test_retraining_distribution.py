@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from compressor.retraining import Budget
+from compressor.retraining.distribution import leave
 from tests.retraining import *
 from compressor.retraining import CastSettings
 
@@ -42,6 +43,7 @@ report = run(model, loop=loop, settings=settings, method=method, validation=text
              progress=watch, budget=Budget(tokens=12 * 64))
 rank = os.environ.get("RANK", "0")
 torch.save({"model": model.state_dict(), "losses": losses, "validation": report.validation_loss}, out / f"{rank}.pt")
+leave()
 """
 
 
@@ -49,7 +51,7 @@ SHARED = """
 import sys
 from pathlib import Path
 import torch
-from compressor.retraining.distribution import distribution
+from compressor.retraining.distribution import distribution, leave
 
 spread = distribution()
 torch.manual_seed(spread.rank)
@@ -57,6 +59,8 @@ weight = torch.nn.Parameter(torch.randn(4, 6, dtype=torch.bfloat16))
 mask, turned = torch.rand(4, 6) < 0.5, torch.randn(6, 4).t()
 spread.take_from_first([weight, mask, turned])
 torch.save([weight.detach(), mask, turned], Path(sys.argv[1]) / f"{spread.rank}.pt")
+leave()
+assert not torch.distributed.is_initialized()
 """
 
 
