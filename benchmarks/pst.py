@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.pst_arms import DISTILLED, METHODS, PATTERNS, SCORES, WRITING, PstArm, arms, as_chosen, grid
-from benchmarks.record import make_record, parser, recorded_rows, take_in_recorded, write_record
+from benchmarks.record import make_record, parser, recorded_rows, stamp, take_in_recorded, write_record
 
 _QUICK_EXAMPLES = 256
 _WRITING_EXAMPLES, _WRITING_EPOCHS = 2000, 3.0
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         dense = as_chosen(PstArm("dense", "none", 0), rows)
         chosen = [(kind, arm if arm is None or kind == "write" else as_chosen(arm, rows)) for kind, arm in missing]
         for row in _made(options, chosen, dense):
-            rows.append(row)
+            rows.append(row | stamp())
             print(_sentence(row), flush=True)
             _write(options, argv, rows)
     _write(options, argv, rows)

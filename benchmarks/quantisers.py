@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.record import make_record, parser, read_record, write_record
+from benchmarks.record import make_record, parser, read_record, stamp, write_record
 from compressor.precision import widened
 
 _BATCH = 4
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     table = list(arms(options.llama_cpp is not None))
     for arm in sorted(table, key=_turn):
         if not any(row["arm"] == arm.label for row in rows):
-            rows.append(bench.row(arm))
+            rows.append(bench.row(arm) | stamp())
             print(_sentence(rows[-1]), flush=True)
             order = [each.label for each in table]
             rows.sort(key=lambda row: order.index(row["arm"]) if row["arm"] in order else len(order))

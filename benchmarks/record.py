@@ -105,6 +105,22 @@ def take_in_recorded(rows: list[dict[str, Any]], path: Path, name: str) -> None:
     rows += [row for row in recorded_rows(path, name) if row["arm"] not in known]
 
 
+def stamp() -> dict[str, dict[str, Any]]:
+    """When and on what a row was made: a record that is added to over days has rows of several machines."""
+    import torch
+
+    from compressor import kernels
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "made": {
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "device": gpu or f"{cpu_fields().get('model name', platform.machine())}, {kernels.isa()}",
+            "threads": torch.get_num_threads(),
+        }
+    }
+
+
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     own = {"python": platform.python_version(), "halfweight": __version__}

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import make_record, parser, recorded_rows, take_in_recorded, write_record
+from benchmarks.record import make_record, parser, recorded_rows, stamp, take_in_recorded, write_record
 from benchmarks.retraining_arms import BUDGETS, Arm, ablation_arms, arms_of, one_shot_arms
 from benchmarks.zero_shot import check_tasks
 
@@ -84,7 +84,7 @@ def fill(rows: list[dict[str, Any]], table: Sequence[Arm], bench: Bench, write: 
         if not any(row["arm"] == arm.label for row in rows):
             made = bench.made(arm)
             with lock:
-                rows.append(made)
+                rows.append(made | stamp())
                 write()
                 print(_sentence(made), flush=True)
         with lock:

@@ -444,14 +444,22 @@ def tokens_within(seconds: float, recipe: Recipe, parameters: int) -> float:
 
 
 def _budget_notes(recipe: Recipe, task: Task | None, parameters: int) -> list[str]:
-    """What there is to know of a budget of time that few steps fit into; raises ValueError where it is not even one.
+    """What there is to know of passes over a hub's data set, and of a budget of time that few steps fit into.
 
-    On a CPU only: small products tell too little of an accelerator.
+    Of time on a CPU only: small products tell too little of an accelerator.
+
+    Raises:
+        ValueError: not one step fits.
     """
-    if recipe.retraining is None or training_device().type != "cpu":
+    if recipe.retraining is None:
         return []
     budget, loop = parse_budget(recipe.retraining.budget), recipe.retraining.loop
-    if budget.seconds is None:
+    if budget.epochs is not None and task is None and is_hub_id(recipe.text.source):
+        return [
+            f"a budget of {recipe.retraining.budget} reads all of the data set {recipe.text.source!r} before training; "
+            "one in tokens or time reads as much as it trains on"
+        ]
+    if budget.seconds is None or training_device().type != "cpu":
         return []
     step = loop.batch * (recipe.text.length if task is None or recipe.task is None else _tokens_of(task, recipe.task))
     world = distribution(loop.distribution).world

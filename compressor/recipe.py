@@ -318,6 +318,11 @@ class Recipe(_Section):
         silent = [key for key in _OF_TEXT if getattr(self.retraining.loop, key) != getattr(LoopSettings(), key)]
         if silent:
             raise ValueError(f"retraining.loop.{silent[0]} says something of training on text only; leave it out")
+        if self.text != Text():
+            raise ValueError(
+                "the text section says something of text, and with a task its examples are all that is read: leave it "
+                "out, and name a file of yours as task.source.path"
+            )
         self._check_pruned_for_task(str(method))
         settings = self.quantization
         trained = any((self.reconstruction, settings.reconstruction, settings.scales))

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.record import last_level_cache, machine_sentence, make_record, read_bandwidth, read_record, write_record
+from benchmarks.record import (
+    last_level_cache,
+    machine_sentence,
+    make_record,
+    read_bandwidth,
+    read_record,
+    stamp,
+    write_record,
+)
 
 
 def test_record_says_where_how_and_what(tmp_path: Path) -> None:
@@ -19,6 +27,13 @@ def test_record_says_where_how_and_what(tmp_path: Path) -> None:
     write_record(tmp_path / "deep" / "r.json", record)
     assert read_record(tmp_path / "deep" / "r.json", "quality") == record
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["r.json"]
+
+
+def test_a_row_says_when_and_on_what_it_was_made() -> None:
+    made = stamp()["made"]
+    assert make_record("pst", [], [], {})["date"][:10] == made["date"][:10]
+    assert made["threads"] >= 1
+    assert "," in made["device"]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, True, "3", None])

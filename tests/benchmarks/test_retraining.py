@@ -156,6 +156,7 @@ def test_the_table_is_filled_side_by_side_and_the_best_setting_is_measured(tmp_p
         "measured b", "measured c", "measured packed",
     ])  # fmt: skip
     assert bench.calls.index("made packed") > bench.calls.index("measured c")
+    assert all(row["made"]["device"] for row in rows)
     calls = len(bench.calls)
     retraining.fill(rows, table, bench, lambda: None)  # type: ignore[arg-type]
     assert len(bench.calls) == calls, "nothing is made twice"

@@ -355,6 +355,15 @@ def test_a_budget_of_time_holds_steps(tiny_llama: Path, tmp_path: Path, monkeypa
     assert "fit into the budget" not in notes("1m") + notes("1tok")
 
 
+def test_passes_over_a_hubs_data_set_are_said_to_read_it_all(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:
+    def notes(source: str, budget: str) -> str:
+        recipe = load_recipe("ast-2of4-bf16", [f"retraining.budget={budget}", f"text.source={source}"])
+        return " ".join(check(tiny_llama, recipe, tmp_path / "out").notes)
+
+    assert "2 epochs reads all of the data set 'some/stream'" in notes("some/stream", "2 epochs")
+    assert "reads all" not in notes("some/stream", "1ktok") + notes(str(prose), "2 epochs")
+
+
 def test_calibration_does_not_read_what_is_held_out(tiny_llama: Path, prose: Path, tmp_path: Path) -> None:
     recipe = load_recipe("ast-2of4-int4", [f"text.source={prose}", "sparsity.criterion=wanda", "sparsity.samples=1000"])
     plan = check(tiny_llama, recipe, tmp_path / "out")

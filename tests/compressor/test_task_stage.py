@@ -273,6 +273,7 @@ def test_whole_heads_and_neurons(encoder: Path, reviews: Path, tmp_path: Path) -
         (("sparsity=null", "retraining.method=movement", "retraining.heads_and_neurons=0.5"), "by pst only"),
         (("task.source.label=stars",), "stars"),
         (("retraining.loop.hidden_weight=1",), "of training on text only"),
+        (("text.source=mine.txt",), "its examples are all that is read"),
     ],
 )
 def test_what_does_not_go_together_is_said(
