@@ -10,28 +10,31 @@ namespace {
 constexpr int kKeys = kAttentionRows;  // a block; rows of a piece of work are as many at most
 constexpr int kFewRows = 8;            // with so few, unpacking the keys and values to fp32 costs more than it saves
 
-// c[r][n] += sum over k of a[r][k] * b[k][n]; rows a multiple of 4, n a multiple of 16.
-template <int V> HW_INLINE void gemm_block(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int depth) {
-  Float acc[4][V];
-  for (int r = 0; r < 4; ++r) for (int v = 0; v < V; ++v) acc[r][v] = Simd::fload(c + r * ldc + v * Simd::kLanes);
+// c[r][n] (+)= sum over k of a[r][k] * b[k][n], R rows and V registers of columns at a time.
+template <bool add, int R, int V> HW_INLINE void gemm_block(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int depth) {
+  Float acc[R][V];
+  for (int r = 0; r < R; ++r) for (int v = 0; v < V; ++v) acc[r][v] = add ? Simd::fload(c + r * ldc + v * Simd::kLanes) : Simd::fzero();
   for (int k = 0; k < depth; ++k) {
     Float row[V];
     for (int v = 0; v < V; ++v) row[v] = Simd::fload(b + k * ldb + v * Simd::kLanes);
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < R; ++r) {
       const Float x = Simd::fset1(a[r * lda + k]);
       for (int v = 0; v < V; ++v) acc[r][v] = Simd::fma(x, row[v], acc[r][v]);
     }
   }
-  for (int r = 0; r < 4; ++r) for (int v = 0; v < V; ++v) Simd::fstore(c + r * ldc + v * Simd::kLanes, acc[r][v]);
+  for (int r = 0; r < R; ++r) for (int v = 0; v < V; ++v) Simd::fstore(c + r * ldc + v * Simd::kLanes, acc[r][v]);
 }
-void gemm(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int rows, int depth, int columns) {
+template <bool add, int R> HW_INLINE void gemm_rows(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int depth, int columns) {
   constexpr int wide = Simd::kLanes == 16 ? 4 : 2;
-  for (int r = 0; r < rows; r += 4) {
-    int n = 0;
-    for (; n + wide * Simd::kLanes <= columns; n += wide * Simd::kLanes)
-      gemm_block<wide>(a + r * lda, lda, b + n, ldb, c + r * ldc + n, ldc, depth);
-    for (; n < columns; n += Simd::kLanes) gemm_block<1>(a + r * lda, lda, b + n, ldb, c + r * ldc + n, ldc, depth);
-  }
+  int n = 0;
+  for (; n + wide * Simd::kLanes <= columns; n += wide * Simd::kLanes) gemm_block<add, R, wide>(a, lda, b + n, ldb, c + n, ldc, depth);
+  for (; n < columns; n += Simd::kLanes) gemm_block<add, R, 1>(a, lda, b + n, ldb, c + n, ldc, depth);
+}
+// Rows a multiple of 4, columns of 16. Six rows at a time keep more sums of 256 bits under way than four.
+template <bool add> void gemm(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int rows, int depth, int columns) {
+  int r = 0;
+  for (; r < rows && (Simd::kLanes != 8 || (rows - r) % 6 != 0); r += 4) gemm_rows<add, 4>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, columns);
+  for (; r < rows; r += 6) gemm_rows<add, 6>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, columns);
 }
 
 struct Workspace {
@@ -135,6 +138,21 @@ template <class Row> void score_few(const Attention& a, const Workspace& w, cons
   }
 }
 
+// Keys [first, first + 8) as columns of `out` [dim][kKeys]; behind the last one, the last one.
+template <class Row, class S = Simd> HW_INLINE void turn_keys(const char* cache, float* out, const Places& places, int first, int dim) {
+  const char* key[8];
+  Float factor[8], v[8];
+  for (int i = 0; i < 8; ++i) {
+    key[i] = cache + places.at[first + i < places.keys ? first + i : places.keys - 1];
+    if constexpr (Row::kScaled) factor[i] = Simd::fset1(Row::factor(key[i], dim));
+  }
+  for (int d = 0; d < dim; d += 8) {
+    for (int i = 0; i < 8; ++i) v[i] = Row::kScaled ? Simd::mul(Row::load(key[i], d), factor[i]) : Row::load(key[i], d);
+    S::transpose(v);
+    for (int i = 0; i < 8; ++i) Simd::fstore(out + (d + i) * kKeys, v[i]);
+  }
+}
+
 // scores[r][j] = query r . key j. With many rows the keys are transposed first, so that lanes are keys.
 template <class Row> void score(const Attention& a, const Workspace& w, const Places& places, int rows) {
   const int dim = a.dim, keys = places.keys;
@@ -147,11 +165,14 @@ template <class Row> void score(const Attention& a, const Workspace& w, const Pl
     prefetch_row<Row>(a.keys, places, j + kAhead, dim);
     prefetch_row<Row>(a.values, places, j, dim);
     const char* key = a.keys + places.at[j < keys ? j : keys - 1];
-    const float factor = Row::factor(key, dim);
-    for (int d = 0; d < dim; ++d) w.keys[d * kKeys + j] = Row::at(key, d) * factor;
+    if constexpr (Simd::kLanes == 8) {
+      if (j % 8 == 7) turn_keys<Row>(a.keys, w.keys + j - 7, places, j - 7, dim);
+    } else {
+      const float factor = Row::factor(key, dim);
+      for (int d = 0; d < dim; ++d) w.keys[d * kKeys + j] = Row::at(key, d) * factor;
+    }
   }
-  for (int i = 0; i < rows * kKeys; ++i) w.scores[i] = 0;
-  gemm(w.query, dim, w.keys, kKeys, w.scores, kKeys, (rows + 3) / 4 * 4, dim, kKeys);
+  gemm<false>(w.query, dim, w.keys, kKeys, w.scores, kKeys, (rows + 3) / 4 * 4, dim, kKeys);
 }
 
 // sums[r][d] += sum over j of scores[r][j] * value j [d], for V registers of columns; gemm_block without a copy of the values.
@@ -180,7 +201,7 @@ template <class Row> void weigh(const Attention& a, const Workspace& w, const Pl
       const float factor = Row::factor(value, dim);
       for (int d = 0; d < dim; ++d) w.values[j * dim + d] = Row::at(value, d) * factor;
     }
-    return gemm(w.scores, kKeys, w.values, dim, sums, dim, rows, keys, dim);
+    return gemm<true>(w.scores, kKeys, w.values, dim, sums, dim, rows, keys, dim);
   }
   if (Row::kScaled) multiply_by_factors<Row>(a.values, a, w, places, rows);
   constexpr int wide = Simd::kLanes == 16 ? 4 : 2;
@@ -194,27 +215,27 @@ template <class Row> void weigh(const Attention& a, const Workspace& w, const Pl
 
 // Turns scores into weights of the running softmax; `visible` keys of this block are before or at the row's position.
 void softmax_row(float* scores, int visible, float* out, int dim, float* largest, float* total) {
-  float lanes[16], highest = *largest;
-  for (int i = visible; i < kKeys; ++i) scores[i] = -INFINITY;
-  for (int i = 0; i < 16; ++i) lanes[i] = scores[i];
-  for (int j = 16; j < kKeys; j += 16) for (int i = 0; i < 16; ++i) lanes[i] = scores[j + i] > lanes[i] ? scores[j + i] : lanes[i];
-  for (int i = 0; i < 16; ++i) highest = lanes[i] > highest ? lanes[i] : highest;
-  if (visible > 0 && !(highest > -INFINITY)) highest = 0;  // only NaN or -inf so far: let them through
-  const float keep = exp_fast(*largest - highest);
-  float sums[16] = {};
-  for (int j = 0; j < kKeys; j += 16)
-    for (int i = 0; i < 16; ++i) {
-      const float weight = exp_fast(scores[j + i] - highest);
-      scores[j + i] = j + i < visible ? weight : 0;
-      sums[i] += scores[j + i];
+  for (int i = visible; i < kKeys; ++i) scores[i] = visible > 0 ? -INFINITY : 0;
+  if (visible <= 0) return;
+  Float highest_of[2] = {Simd::fload(scores), Simd::fload(scores + Simd::kLanes)};
+  for (int j = 2 * Simd::kLanes; j < kKeys; j += 2 * Simd::kLanes)
+    for (int i = 0; i < 2; ++i) highest_of[i] = Simd::fmax(highest_of[i], Simd::fload(scores + j + i * Simd::kLanes));
+  float highest = Simd::reduce_max(Simd::fmax(highest_of[0], highest_of[1]));
+  highest = *largest > highest ? *largest : highest;
+  if (!(highest > -INFINITY)) highest = 0;  // only NaN or -inf so far: let them through
+  const Float from = Simd::fset1(highest);
+  Float sums[2] = {Simd::fzero(), Simd::fzero()};
+  for (int j = 0; j < kKeys; j += 2 * Simd::kLanes)
+    for (int i = 0; i < 2; ++i) {
+      float* at = scores + j + i * Simd::kLanes;
+      const Float weight = exp_fast(Simd::fsub(Simd::fload(at), from));
+      Simd::fstore(at, weight);
+      sums[i] = Simd::fadd(sums[i], weight);
     }
-  float sum = 0;
-  for (int i = 0; i < 16; ++i) sum += sums[i];
-  *total = *total * (*largest > -INFINITY ? keep : 0) + sum;
-  if (*largest != highest) {
-    const float factor = *largest > -INFINITY ? keep : 0;
-    for (int d = 0; d < dim; ++d) out[d] *= factor;
-  }
+  for (int i = visible; i < kKeys; ++i) scores[i] = 0;  // exp_fast() ends at e^-87
+  const float keep = *largest > -INFINITY ? exp_fast(*largest - highest) : 0;
+  *total = *total * keep + Simd::reduce_add(Simd::fadd(sums[0], sums[1]));
+  if (*largest != highest) for (int d = 0; d < dim; ++d) out[d] *= keep;
   *largest = highest;
 }
 

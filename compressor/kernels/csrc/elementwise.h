@@ -33,11 +33,15 @@ void to_halves(const void* x, Dtype dtype, int in, int segment, uint16_t* out, i
 }
 
 void quantise(const float* x, int columns, int group, float factor, bool as_unsigned, int8_t* out, float* scales) {
-  const uint32_t flip = as_unsigned ? 0x80 : 0;
+  constexpr int registers = kChunk / Simd::kLanes;
+  const uint32_t zero = as_unsigned ? 0x80 : 0;
   for (int g = 0; g * group < columns; ++g) {
     const int begin = g * group, end = begin + group < columns ? begin + group : columns;
-    int32_t bits = 0;  // the largest magnitude; as integers, so that NaN and infinity win
-    for (int i = begin; i < end; ++i) {
+    Int most = Simd::zero();  // the largest magnitude; as integers, so that NaN and infinity win
+    for (int i = begin; i + Simd::kLanes <= end; i += Simd::kLanes)
+      most = Simd::max_signed(most, Simd::and_(Simd::as_int(Simd::fload(x + i)), Simd::set1(0x7fffffff)));
+    int32_t bits = Simd::reduce_max_signed(most);
+    for (int i = end - (end - begin) % Simd::kLanes; i < end; ++i) {
       const int32_t b = static_cast<int32_t>(as_bits(x[i]) & 0x7fffffff);
       bits = b > bits ? b : bits;
     }
@@ -45,14 +49,18 @@ void quantise(const float* x, int columns, int group, float factor, bool as_unsi
     const bool finite = bits < 0x7f800000, tiny = largest < 1e-35f;  // 127 / 1e-37 would overflow; such a group is 0
     const float inverse = !finite || tiny ? 0 : 127 / largest;
     scales[g] = !finite ? as_float(0x7fc00000) : tiny ? 0 : largest / 127 / factor;
-    if (inverse == 0) {
-      for (int i = begin; i < end; ++i) out[i] = static_cast<int8_t>(flip);
+    if (!finite || tiny) {
+      std::memset(out + begin, static_cast<int>(zero), static_cast<size_t>(end - begin));
       continue;
     }
-    for (int i = begin; i < end; ++i) {
-      const float rounded = x[i] * inverse + 12582912.0f;  // 1.5 * 2^23: the integer, rounded to even, is in the low bits
-      out[i] = static_cast<int8_t>(as_bits(rounded) ^ flip);
+    int i = begin;
+    for (; i + kChunk <= end; i += kChunk) {
+      Int rounded[registers];
+      for (int j = 0; j < registers; ++j)
+        rounded[j] = Simd::add(Simd::round(Simd::mul(Simd::fload(x + i + j * Simd::kLanes), Simd::fset1(inverse))), Simd::set1(zero));
+      Simd::store_bytes(out + i, rounded);
     }
+    for (; i < end; ++i) out[i] = static_cast<int8_t>(static_cast<uint32_t>(std::lrintf(x[i] * inverse)) + zero);
   }
 }
 
@@ -65,6 +73,16 @@ HW_INLINE float exp_fast(float x) {
   const float p = 1 + f * (1 + f * (0.5f + f * (0.16666667f + f * (0.041666396f + f * (0.0083334519f + f * 0.0013930436f)))));
   const float power = as_float(as_bits(p) + (as_bits(shifted) << 23));
   return x != x ? x : power;
+}
+
+HW_INLINE Float exp_fast(Float x) {
+  const Float magic = Simd::fset1(12582912.0f), clamped = Simd::fmin(Simd::fmax(x, Simd::fset1(-87.0f)), Simd::fset1(88.0f));
+  const Float shifted = Simd::fma(clamped, Simd::fset1(1.44269504f), magic), n = Simd::fsub(shifted, magic);
+  const Float f = Simd::fma(n, Simd::fset1(2.12194440e-4f), Simd::fma(n, Simd::fset1(-0.693359375f), clamped));
+  constexpr float next[] = {0.0083334519f, 0.041666396f, 0.16666667f, 0.5f, 1, 1};
+  Float p = Simd::fset1(0.0013930436f);
+  for (const float c : next) p = Simd::fma(f, p, Simd::fset1(c));
+  return Simd::nan_where_nan(Simd::as_float(Simd::add(Simd::as_int(p), Simd::shl<23>(Simd::as_int(shifted)))), x);
 }
 
 void copy_row(const void* x, Dtype from, void* out, Dtype to, int64_t count, float* memory) {
@@ -102,7 +120,12 @@ void silu_and_mul(const RowsOf& x, int columns, void* out, int64_t row, float* m
   float* up = memory + columns;
   load_row(x.data, x.dtype, row * x.stride, columns, gate);
   load_row(x.data, x.dtype, row * x.stride + columns, columns, up);
-  for (int i = 0; i < columns; ++i) gate[i] = gate[i] / (1 + exp_fast(-gate[i])) * up[i];
+  int i = 0;
+  for (; i + Simd::kLanes <= columns; i += Simd::kLanes) {
+    const Float g = Simd::fload(gate + i), down = Simd::fadd(Simd::fset1(1), exp_fast(Simd::fsub(Simd::fzero(), g)));
+    Simd::fstore(gate + i, Simd::mul(Simd::fdiv(g, down), Simd::fload(up + i)));
+  }
+  for (; i < columns; ++i) gate[i] = gate[i] / (1 + exp_fast(-gate[i])) * up[i];
   store_row(gate, x.dtype, row * columns, columns, out);
 }
 

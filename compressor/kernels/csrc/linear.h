@@ -151,8 +151,10 @@ HW_INLINE void load_row(const void* x, Dtype dtype, int64_t at, int n, float* __
     for (int i = 0; i < n; ++i) out[i] = p[i];
   } else {
     const uint16_t* p = static_cast<const uint16_t*>(x) + at;
-    if (dtype == Dtype::bf16) for (int i = 0; i < n; ++i) out[i] = bf16_to_float(p[i]);
-    else for (int i = 0; i < n; ++i) out[i] = fp16_to_float(p[i]);
+    const Half half = dtype == Dtype::bf16 ? Half::bf16 : Half::fp16;
+    int i = 0;
+    for (; i + Simd::kLanes <= n; i += Simd::kLanes) Simd::fstore(out + i, load_halves(p + i, half));
+    for (; i < n; ++i) out[i] = load_one(p, dtype, i);
   }
 }
 HW_INLINE void store_row(const float* __restrict v, Dtype dtype, int64_t at, int n, void* out) {
@@ -161,13 +163,14 @@ HW_INLINE void store_row(const float* __restrict v, Dtype dtype, int64_t at, int
     for (int i = 0; i < n; ++i) p[i] = v[i];
   } else {
     uint16_t* p = static_cast<uint16_t*>(out) + at;
-    if (dtype == Dtype::bf16) for (int i = 0; i < n; ++i) p[i] = float_to_bf16(v[i]);
-    else for (int i = 0; i < n; ++i) p[i] = float_to_fp16(v[i]);
+    int i = 0;
+    if (dtype == Dtype::bf16) for (; i + Simd::kLanes <= n; i += Simd::kLanes) Simd::store_bf16(p + i, Simd::fload(v + i));
+    else for (; i + Simd::kLanes <= n; i += Simd::kLanes) Simd::store_fp16(p + i, Simd::fload(v + i));
+    for (; i < n; ++i) store_one(p, dtype, i, v[i]);
   }
 }
 
-// Adds the bias to `rows` sums of one token, from row `first` on, and rounds them into the output; at most 128 rows.
-void finish(const Linear& call, int first, int rows, int token, float* sums) {
+void finish_some(const Linear& call, int first, int rows, int token, float* sums) {
   const int out_features = call.weight->out_features;
   rows = out_features - first < rows ? out_features - first : rows;  // rows behind out_features are padding
   if (call.bias) {
@@ -175,9 +178,13 @@ void finish(const Linear& call, int first, int rows, int token, float* sums) {
     load_row(call.bias, call.bias_dtype, first, rows, bias);
     for (int r = 0; r < rows; ++r) sums[r] += bias[r];
   }
-  const int64_t at = static_cast<int64_t>(token) * out_features + first;
-  if (rows == kRows) store_row(sums, call.out_dtype, at, kRows, call.out);  // unrolled
-  else store_row(sums, call.out_dtype, at, rows, call.out);
+  store_row(sums, call.out_dtype, static_cast<int64_t>(token) * out_features + first, rows, call.out);
+}
+// Adds the bias to `rows` sums of one token, from row `first` on, and rounds them into the output; at most 128 rows.
+HW_INLINE void finish(const Linear& call, int first, int rows, int token, float* sums) {
+  const int out_features = call.weight->out_features;
+  if (call.bias || first + rows > out_features) return finish_some(call, first, rows, token, sums);
+  store_row(sums, call.out_dtype, static_cast<int64_t>(token) * out_features + first, rows, call.out);  // unrolled where rows are known
 }
 
 HW_INLINE void clear(float* out, int n) {

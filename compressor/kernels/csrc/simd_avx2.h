@@ -58,7 +58,17 @@ struct Simd {
   static HW_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static HW_INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static HW_INLINE Float fadd(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static HW_INLINE Float fsub(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  static HW_INLINE Float fdiv(Float a, Float b) { return _mm256_div_ps(a, b); }
+  // Of a NaN and a number these may give either.
   static HW_INLINE Float fmax(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static HW_INLINE Float fmin(Float a, Float b) { return _mm256_min_ps(a, b); }
+  static HW_INLINE Float nan_where_nan(Float a, Float x) { return _mm256_or_ps(a, _mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
+  static HW_INLINE float reduce_max(Float a) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  }
   static HW_INLINE float reduce_add(Float a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -71,9 +81,42 @@ struct Simd {
   }
   static HW_INLINE Float to_float(Int a) { return _mm256_cvtepi32_ps(a); }
   static HW_INLINE Float as_float(Int a) { return _mm256_castsi256_ps(a); }
+  static HW_INLINE Int as_int(Float a) { return _mm256_castps_si256(a); }
+  // To the nearest integer, the even one of two.
+  static HW_INLINE Int round(Float a) { return _mm256_cvtps_epi32(a); }
+  static HW_INLINE Int max_signed(Int a, Int b) { return _mm256_max_epi32(a, b); }
+  static HW_INLINE int32_t reduce_max_signed(Int a) {
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
+  }
+  // The low bytes of 32 lanes.
+  static HW_INLINE void store_bytes(int8_t* p, const Int (&v)[4]) {
+    const Int low = set1(0xff);
+    const Int first = _mm256_packus_epi32(and_(v[0], low), and_(v[1], low)), second = _mm256_packus_epi32(and_(v[2], low), and_(v[3], low));
+    store(p, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+  }
   static HW_INLINE Float permute4(Float x, Int index) { return _mm256_permutevar_ps(x, index); }
   static HW_INLINE Float load_bf16(const uint16_t* p) {
     return as_float(shl<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+  }
+  static HW_INLINE void store_bf16(uint16_t* p, Float v) {
+    const Int bits = as_int(v), odd = and_(shr<16>(bits), set1(1));
+    const Int rounded = shr<16>(add(add(bits, set1(0x7fff)), odd));
+    const Int halves = _mm256_blendv_epi8(rounded, set1(0x7fc0), as_int(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+    const Int packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  static HW_INLINE void store_fp16(uint16_t* p, Float v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0)); }
+  static HW_INLINE void transpose(Float (&v)[8]) {
+    Float a[8], b[8];
+    for (int i = 0; i < 8; i += 2) a[i] = _mm256_unpacklo_ps(v[i], v[i + 1]), a[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+        b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+      }
+    for (int i = 0; i < 4; ++i) v[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20), v[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
   }
   static HW_INLINE Int load_bytes(const char* p) {
     return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));

@@ -56,7 +56,13 @@ struct Simd {
   static HW_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static HW_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static HW_INLINE Float fadd(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static HW_INLINE Float fsub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  static HW_INLINE Float fdiv(Float a, Float b) { return _mm512_div_ps(a, b); }
+  // Of a NaN and a number these may give either.
   static HW_INLINE Float fmax(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static HW_INLINE Float fmin(Float a, Float b) { return _mm512_min_ps(a, b); }
+  static HW_INLINE Float nan_where_nan(Float a, Float x) { return _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x); }
+  static HW_INLINE float reduce_max(Float a) { return _mm512_reduce_max_ps(a); }
   static HW_INLINE float reduce_add(Float a) { return _mm512_reduce_add_ps(a); }
   // out[0 .. 3] = the sums of a, b, c and d.
   static HW_INLINE void reduce_add4(Float a, Float b, Float c, Float d, float* out) {
@@ -68,11 +74,27 @@ struct Simd {
   }
   static HW_INLINE Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
   static HW_INLINE Float as_float(Int a) { return _mm512_castsi512_ps(a); }
+  static HW_INLINE Int as_int(Float a) { return _mm512_castps_si512(a); }
+  // To the nearest integer, the even one of two.
+  static HW_INLINE Int round(Float a) { return _mm512_cvtps_epi32(a); }
+  static HW_INLINE Int max_signed(Int a, Int b) { return _mm512_max_epi32(a, b); }
+  static HW_INLINE int32_t reduce_max_signed(Int a) { return _mm512_reduce_max_epi32(a); }
+  // The low bytes of 32 lanes.
+  static HW_INLINE void store_bytes(int8_t* p, const Int (&v)[2]) {
+    for (int i = 0; i < 2; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16 * i), _mm512_cvtepi32_epi8(v[i]));
+  }
   // One of the four floats of each 128-bit lane by the low two bits of the index.
   static HW_INLINE Float permute4(Float x, Int index) { return _mm512_permutevar_ps(x, index); }
   static HW_INLINE Float load_bf16(const uint16_t* p) {
     return as_float(shl<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))));
   }
+  static HW_INLINE void store_bf16(uint16_t* p, Float v) {
+    const Int bits = as_int(v), odd = and_(shr<16>(bits), set1(1));
+    const Int rounded = shr<16>(add(add(bits, set1(0x7fff)), odd));
+    const Int halves = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), set1(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(halves));
+  }
+  static HW_INLINE void store_fp16(uint16_t* p, Float v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, 0)); }
   // A signed byte in every lane.
   static HW_INLINE Int load_bytes(const char* p) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -47,6 +47,16 @@ struct Simd {
   static HW_INLINE Float fma(Float a, Float b, Float c) { return a * b + c; }
   static HW_INLINE Float mul(Float a, Float b) { return a * b; }
   static HW_INLINE Float fadd(Float a, Float b) { return a + b; }
+  static HW_INLINE Float fsub(Float a, Float b) { return a - b; }
+  static HW_INLINE Float fdiv(Float a, Float b) { return a / b; }
+  // Of a NaN and a number these may give either.
+  static HW_INLINE Float fmax(Float a, Float b) { return a > b ? a : b; }
+  static HW_INLINE Float fmin(Float a, Float b) { return a < b ? a : b; }
+  static HW_INLINE Float nan_where_nan(Float a, Float x) { return x == x ? a : x; }
+  static HW_INLINE float reduce_max(Float a) {
+    const float low = a[0] > a[1] ? a[0] : a[1], high = a[2] > a[3] ? a[2] : a[3];
+    return low > high ? low : high;
+  }
   static HW_INLINE float reduce_add(Float a) { return (a[0] + a[1]) + (a[2] + a[3]); }
   // out[0 .. 3] = the sums of a, b, c and d.
   static HW_INLINE void reduce_add4(Float a, Float b, Float c, Float d, float* out) {
@@ -54,6 +64,19 @@ struct Simd {
   }
   static HW_INLINE Float to_float(Int a) { return __builtin_convertvector((Signed)a, Float); }
   static HW_INLINE Float as_float(Int a) { return (Float)a; }
+  static HW_INLINE Int as_int(Float a) { return (Int)a; }
+  // To the nearest integer, the even one of two; of less than 2^22.
+  static HW_INLINE Int round(Float a) { return (Int)(a + fset1(12582912.0f)) - set1(0x4b400000); }
+  static HW_INLINE Int max_signed(Int a, Int b) { return (Signed)a > (Signed)b ? a : b; }
+  static HW_INLINE int32_t reduce_max_signed(Int a) {
+    const Signed s = (Signed)a;
+    const int32_t low = s[0] > s[1] ? s[0] : s[1], high = s[2] > s[3] ? s[2] : s[3];
+    return low > high ? low : high;
+  }
+  // The low bytes of 32 lanes.
+  static HW_INLINE void store_bytes(int8_t* p, const Int (&v)[8]) {
+    for (int i = 0; i < 32; ++i) p[i] = static_cast<int8_t>(v[i / 4][i % 4]);
+  }
   static __attribute__((noinline)) Float permute4(Float x, Int index) {
     return Float{x[index[0] & 3], x[index[1] & 3], x[index[2] & 3], x[index[3] & 3]};
   }
@@ -61,6 +84,14 @@ struct Simd {
     uint16_t p[4];
     std::memcpy(p, at, 8);  // the weights need no alignment
     return Float{bf16_to_float(p[0]), bf16_to_float(p[1]), bf16_to_float(p[2]), bf16_to_float(p[3])};
+  }
+  static HW_INLINE void store_bf16(uint16_t* p, Float v) {
+    const uint16_t halves[4] = {float_to_bf16(v[0]), float_to_bf16(v[1]), float_to_bf16(v[2]), float_to_bf16(v[3])};
+    std::memcpy(p, halves, 8);
+  }
+  static HW_INLINE void store_fp16(uint16_t* p, Float v) {
+    const uint16_t halves[4] = {float_to_fp16(v[0]), float_to_fp16(v[1]), float_to_fp16(v[2]), float_to_fp16(v[3])};
+    std::memcpy(p, halves, 8);
   }
   static HW_INLINE Int load_bytes(const char* at) {
     int8_t p[4];
