@@ -128,17 +128,17 @@ def test_a_classifier_is_not_trained_as_a_language_model(
     prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_classifier("bert", tmp_path / "bert")
-    command = [str(folder), "--out", str(tmp_path / "out"), "--dry-run", "--set", f"text.source={prose}"]
-    command += ["--set", "text.length=32"]
+    command = [str(folder), "--out", str(tmp_path / "out"), "--dry-run"]
+    text = ["--set", f"text.source={prose}", "--set", "text.length=32"]
     for settings in (["--recipe", "ast-2of4-int4"], ["--recipe", "int4", "--set", "quantization.scales.samples=8"]):
-        assert main([*command, *settings]) == 1
+        assert main([*command, *text, *settings]) == 1
         assert "holds a BertForSequenceClassification. Take a one-shot recipe, or give" in capsys.readouterr().err
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"text": f"{n}:", "label": "yes"}) for n in range(80)))
     task = ["--task", "custom", "--set", f"task.source.path={tmp_path / 'pairs.jsonl'}"]
     task += ["--set", "task.source.kind=generation", "--set", "task.length=32"]
     assert main([*command, "--recipe", "pst-2of4-int8", *task]) == 1
     assert "Give a causal language model, or a task with classes" in capsys.readouterr().err
-    assert main([*command, "--recipe", "ast-2of4-int4", "--one-shot"]) == 0
+    assert main([*command, *text, "--recipe", "ast-2of4-int4", "--one-shot"]) == 0
 
 
 @pytest.mark.parametrize("streaming", [False, True])
