@@ -101,7 +101,8 @@ void AttentionStep::merge(int64_t j, void* out, char* memory) const {
       total += factor * partial(p).total[r];
       for (int d = 0; d < a_.dim; ++d) row[d] += factor * partial(p).sums[r * a_.dim + d];
     }
-    for (int d = 0; d < a_.dim; ++d) row[d] /= total;
+    const float inverse = 1 / total;
+    for (int d = 0; d < a_.dim; ++d) row[d] *= inverse;
     const int64_t token = a_.starts[job.sequence] + job.first + r / heads;
     char* to = static_cast<char*>(out) + (token * a_.heads + job.kv_head * heads + r % heads) * a_.dim * static_cast<int64_t>(dtype_bytes(a_.dtype));
     kernels().copy_row(row, Dtype::f32, to, a_.dtype, a_.dim, row + a_.dim);
