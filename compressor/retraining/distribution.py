@@ -180,9 +180,10 @@ def leave() -> None:
     """Ends the group, once this process's work is done; nothing may be asked of it after.
 
     A thread of gloo's that still lets go of a tensor while Python ends aborts the process; ending the group ends them.
-    A process that failed does without: to end a group may mean to wait for the others, who wait for it.
+    A process that failed does without, and so does every one under NCCL: there, to end a group may mean to wait for
+    the others, of whom the first goes on alone for long.
     """
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
 

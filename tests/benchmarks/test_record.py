@@ -33,7 +33,7 @@ def test_a_row_says_when_and_on_what_it_was_made() -> None:
     made = stamp()["made"]
     assert make_record("pst", [], [], {})["date"][:10] == made["date"][:10]
     assert made["threads"] >= 1
-    assert "," in made["device"]
+    assert made["device"].strip(", ")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, True, "3", None])

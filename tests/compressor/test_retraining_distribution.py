@@ -60,7 +60,7 @@ mask, turned = torch.rand(4, 6) < 0.5, torch.randn(6, 4).t()
 spread.take_from_first([weight, mask, turned])
 torch.save([weight.detach(), mask, turned], Path(sys.argv[1]) / f"{spread.rank}.pt")
 leave()
-assert not torch.distributed.is_initialized()
+assert not torch.distributed.is_initialized() or torch.distributed.get_backend() != "gloo"
 """
 
 

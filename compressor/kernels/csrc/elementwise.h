@@ -1,4 +1,4 @@
-// The steps around the linears, in plain loops that the compiler vectorises for each instruction set.
+// The steps around the linears: in registers where much time goes, else in plain loops that the compiler vectorises.
 #pragma once
 #include <cmath>
 #include <cstring>
