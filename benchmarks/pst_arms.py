@@ -29,7 +29,7 @@ BATCH = 32
 WRITING_BATCH = 8  # with 2,000 examples, three epochs are then 750 steps, as many as of the sentences to class
 LENGTH = 64
 _CHECKPOINT_MINUTES = 3.0
-# No arm is led back to a lower rate than it was given: movement pruning's first masks cost SmolLM2 20 nats.
+# No arm is led back to a lower rate than it was given: movement pruning's first masks cost SmolLM2 some 20 nats.
 _LOOP = LoopSettings(batch=BATCH, warmup=0.1, beta2=0.999, kl_weight=0.0, explosion=0.0)
 # What --grid tries, for every method: learning rates of the weights, or of U V.
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
