@@ -50,7 +50,7 @@ def make_record(
             raise ValueError(f"headline {key!r} is {value!r}; only plain finite numbers are accepted")
     return {
         "name": name,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "date": _now(),
         "command": shlex.join(["python", "-m", "benchmarks", name, *map(_public, argv)]),
         "machine": machine(),
         "versions": versions(),
@@ -114,11 +114,19 @@ def stamp() -> dict[str, dict[str, Any]]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "made": {
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "device": gpu or f"{cpu_fields().get('model name', platform.machine())}, {kernels.isa()}",
+            "date": _now(),
+            "device": gpu or f"{_cpu()}, {kernels.isa()}",
             "threads": torch.get_num_threads(),
         }
     }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _cpu() -> str:
+    return cpu_fields().get("model name") or platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
@@ -132,11 +140,10 @@ def machine() -> dict[str, Any]:
     import torch
 
     cpu = cpu_fields()
-    model = cpu.get("model name") or platform.processor() or platform.machine()
     present = set((cpu.get("flags") or cpu.get("Features") or "").split())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": model,
+        "cpu": _cpu(),
         "architecture": platform.machine(),
         "flags": [flag for flag in FLAGS if flag in present],
         "cores": len(os.sched_getaffinity(0)),

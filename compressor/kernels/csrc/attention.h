@@ -164,10 +164,10 @@ template <class Row> void score(const Attention& a, const Workspace& w, const Pl
   for (int j = 0; j < kKeys; ++j) {
     prefetch_row<Row>(a.keys, places, j + kAhead, dim);
     prefetch_row<Row>(a.values, places, j, dim);
-    const char* key = a.keys + places.at[j < keys ? j : keys - 1];
     if constexpr (Simd::kLanes == 8) {
       if (j % 8 == 7) turn_keys<Row>(a.keys, w.keys + j - 7, places, j - 7, dim);
     } else {
+      const char* key = a.keys + places.at[j < keys ? j : keys - 1];
       const float factor = Row::factor(key, dim);
       for (int d = 0; d < dim; ++d) w.keys[d * kKeys + j] = Row::at(key, d) * factor;
     }

@@ -151,10 +151,10 @@ HW_INLINE void load_row(const void* x, Dtype dtype, int64_t at, int n, float* __
     for (int i = 0; i < n; ++i) out[i] = p[i];
   } else {
     const uint16_t* p = static_cast<const uint16_t*>(x) + at;
-    const Half half = dtype == Dtype::bf16 ? Half::bf16 : Half::fp16;
     int i = 0;
-    for (; i + Simd::kLanes <= n; i += Simd::kLanes) Simd::fstore(out + i, load_halves(p + i, half));
-    for (; i < n; ++i) out[i] = load_one(p, dtype, i);
+    if (dtype == Dtype::bf16) for (; i < n; ++i) out[i] = bf16_to_float(p[i]);  // the compiler vectorises this, and unrolls it
+    else for (; i + Simd::kLanes <= n; i += Simd::kLanes) Simd::fstore(out + i, Simd::load_fp16(p + i));
+    for (; i < n; ++i) out[i] = fp16_to_float(p[i]);
   }
 }
 HW_INLINE void store_row(const float* __restrict v, Dtype dtype, int64_t at, int n, void* out) {
