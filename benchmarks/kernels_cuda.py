@@ -23,6 +23,7 @@ from benchmarks.geometries import LLAMA_2, TINYLLAMA, Geometry
 from benchmarks.record import make_record, write_record
 from compressor.formats import make_format
 from compressor.kernels.cuda import choose
+from compressor.kernels.cuda.semi_structured import COMPRESSED, PACKED
 from compressor.masks import n_m_mask
 from compressor.quantizers import rtn
 from compressor.scheme import Scheme
@@ -71,6 +72,8 @@ def measure(
     packed = [fmt.prepare({part: tensor.clone() for part, tensor in stored.items()}) for _ in range(copies)]
     plain = [dense.clone() for _ in range(copies)]
     path = choose(name, torch.cuda.get_device_capability(), *shape, group, dense.dtype)
+    if path == "semi_structured" and not {PACKED, COMPRESSED} & packed[0].keys():
+        path = "unpack"  # the library refused
     rows = []
     for batch in batches:
         x = torch.randn(batch, shape[1], device="cuda", dtype=torch.bfloat16)

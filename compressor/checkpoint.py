@@ -28,6 +28,16 @@ MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_JSON_BYTES = 64 * 2**20
+_SCALES = (
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_scale_2",
+    ".weight_packed",
+    ".qweight",
+    ".weight.SCB",
+    ".weight.absmax",
+)
+"""Endings of tensors that only quantised folders have."""
 MAX_SHARD_BYTES = 2 * 2**30
 _COPY_BYTES = 2**22
 _PROVENANCE = ("README.md", "recipe.yaml", "metrics.jsonl")
@@ -77,7 +87,7 @@ class Checkpoint:
         self.config = config
         self.shards = shards
         self._handles: dict[Path, Any] = {}
-        record = config.get("quantization_config")
+        record = config.get("quantization_config", config.get("compression_config"))
         self.packed = isinstance(record, Mapping) and record.get("quant_method") == QUANT_METHOD
         if record is not None and not self.packed and not foreign:
             method = record.get("quant_method") if isinstance(record, Mapping) else record
@@ -106,7 +116,19 @@ class Checkpoint:
         if verify and checkpoint.packed:
             check_manifest(folder)
         checkpoint.shards = _find_tensors(folder, inside_only=checkpoint.packed)
+        if not (checkpoint.packed or foreign):
+            checkpoint._check_dense()
         return checkpoint
+
+    def _check_dense(self) -> None:
+        """Raises CheckpointError where weights come with scales that config.json says nothing of."""
+        scaled = next((name for name in sorted(self.shards) if name.endswith(_SCALES)), None)
+        if scaled is not None:
+            raise CheckpointError(
+                f"{self.folder} holds {scaled}, but its config.json has no quantization_config that says how its "
+                "weights are quantised. Give the dense model that it was made from, or one quantised by GPTQ, AWQ or "
+                "compressed-tensors."
+            )
 
     def names(self) -> list[str]:
         """Names of all stored tensors."""

@@ -6,7 +6,7 @@ fields of `bits` bits in a 32-bit word, lower bits first:
     gptq                qweight [I / F, O], qzeros [G, O / F] (version 1 stores them less one), scales [G, O], g_idx [I]
     awq (gemm)          qweight [I, O / 8], qzeros [G, O / 8], scales [G, O]; columns of a word: 0 2 4 6 1 3 5 7
     compressed-tensors  weight_packed [O, I / F], weight_scale [O, G], weight_zero_point [O / F, G], weight_g_idx [I],
-                        or weight [O, I] int8 or fp8, weight_scale
+                        (or int8 [O, G]); or weight [O, I] int8 or fp8, weight_scale; or a dense weight beside a scale
 
 Shapes: O out_features, I in_features, G groups a row.
 """
@@ -25,6 +25,9 @@ from compressor.calibration import is_conv1d
 from compressor.checkpoint import Checkpoint, CheckpointError, ShardWriter, copy_companions
 from compressor.packages import check_cache_space
 
+VERSION = 2
+"""Of what is read here: dense folders in the cache that an earlier one made are made anew."""
+_RECORDS = ("quantization_config", "compression_config")
 _AWQ_FIELDS = (0, 2, 4, 6, 1, 3, 5, 7)
 _KEYS = {
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
@@ -38,9 +41,14 @@ _KEYS = {
 
 def method_of(config: Mapping[str, Any]) -> str | None:
     """The quantisation method of a configuration where it is one that can be read here."""
-    record = config.get("quantization_config")
+    record = _record(config)
     method = record.get("quant_method") if isinstance(record, Mapping) else None
     return method if isinstance(method, str) and method in READERS else None
+
+
+def _record(config: Mapping[str, Any]) -> Any:
+    """What a configuration says of its quantisation; under the second name in compressed-tensors' first year."""
+    return config.get(_RECORDS[0], config.get(_RECORDS[1]))
 
 
 def dequantise(folder: Path, stage: Path) -> None:
@@ -52,7 +60,7 @@ def dequantise(folder: Path, stage: Path) -> None:
     from compressor.models import skeleton
 
     source = Checkpoint.open(folder, verify=False, foreign=True)
-    method, record = str(method_of(source.config)), source.config["quantization_config"]
+    method, record = str(method_of(source.config)), _record(source.config)
     _check_variant(source, record)
     model = skeleton(folder)
     check_cache_space(2 * sum(parameter.numel() for parameter in model.parameters()), folder)
@@ -62,7 +70,7 @@ def dequantise(folder: Path, stage: Path) -> None:
         writer.add(name, tensor)
     writer.close()
     copy_companions(folder, stage)
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    config = {key: value for key, value in source.config.items() if key not in _RECORDS}
     config |= {"dtype": "bfloat16", "halfweight_source": f"{folder.name}, quantised by {method}, dequantised to bf16"}
     config.pop("torch_dtype", None)
     (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -127,9 +135,10 @@ def _bits(record: Mapping[str, Any], key: str, accepted: tuple[int, ...]) -> int
 
 def _gptq(parts: Mapping[str, Tensor], record: Mapping[str, Any]) -> Tensor:
     bits = _bits(record, "bits", (2, 4, 8))
-    stored_less = 0 if record.get("checkpoint_format") == "gptq_v2" else 1
-    values = _fields(parts["qweight"], bits, 0)
-    zeros = _fields(parts["qzeros"], bits, 1) + stored_less
+    values, zeros = _fields(parts["qweight"], bits, 0), parts["qzeros"]
+    if record.get("checkpoint_format") != "gptq_v2":  # less one in each field, with a borrow from the next below zero
+        zeros = zeros.to(torch.int32) + sum(1 << shift for shift in range(0, 32, bits))
+    zeros = _fields(zeros, bits, 1)
     scales = parts["scales"].float()
     group = parts["g_idx"].long() if "g_idx" in parts else torch.arange(len(values)) // (len(values) // len(scales))
     return ((values - zeros[group]).float() * scales[group]).t().contiguous()
@@ -154,10 +163,21 @@ def _awq_order(fields: Tensor) -> Tensor:
 def _compressed_tensors(parts: Mapping[str, Tensor], record: Mapping[str, Any]) -> Tensor:
     scale = parts["weight_scale"].float()
     if "weight_packed" not in parts:
-        values = parts["weight"].float()
-        if "weight_zero_point" in parts:
-            values = values - _by_input(parts["weight_zero_point"].float().view(scale.shape), values.shape[1], None)
+        values = parts["weight"]
+        if values.dtype in (torch.bfloat16, torch.float16, torch.float32):
+            return values.float()  # saved with `save_compressed=False`: the scales are multiplied in
+        values = values.float()
         # One scale for the tensor, for each row, or for groups of a row.
+        if scale.numel() != 1 and not (scale.dim() <= 2 and len(scale) == len(values)):
+            raise CheckpointError(
+                f"weight_scale is {list(scale.shape)} for a weight of {list(values.shape)}; accepted here: one, one a "
+                "row, or one for each group of a row"
+            )
+        if "weight_zero_point" in parts:
+            zero = parts["weight_zero_point"].float().view(scale.shape)
+            values = values - (
+                zero if zero.numel() == 1 else _by_input(zero.view(len(values), -1), values.shape[1], None)
+            )
         return values * (scale if scale.numel() == 1 else _by_input(scale.view(len(values), -1), values.shape[1], None))
     rows, columns = (int(size) for size in parts["weight_shape"])
     bits = 32 // max(1, -(-columns // parts["weight_packed"].shape[1]))
@@ -166,7 +186,12 @@ def _compressed_tensors(parts: Mapping[str, Tensor], record: Mapping[str, Any]) 
     half = 2 ** (bits - 1)
     values = (_fields(parts["weight_packed"], bits, 1)[:, :columns] - half).float()
     if "weight_zero_point" in parts:
-        zero = (_fields(parts["weight_zero_point"], bits, 0)[:rows] - half).float()
+        zero = parts["weight_zero_point"]
+        if zero.dtype == torch.int32:
+            zero = _fields(zero, bits, 0)[:rows] - half
+        if zero.shape != scale.shape:  # before they were packed, they were stored as they are
+            raise CheckpointError(f"weight_zero_point is {list(zero.shape)} for scales of {list(scale.shape)}")
+        zero = zero.float()
         values = values - _by_input(zero, columns, parts.get("weight_g_idx"))
     return values * _by_input(scale, columns, parts.get("weight_g_idx"))
 

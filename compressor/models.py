@@ -73,7 +73,7 @@ def fetch_model(name: str) -> Path:
 
 def _dequantised(folder: Path) -> Path:
     """The folder itself, or, of a model that GPTQ, AWQ or compressed-tensors quantised, a dense one in the cache."""
-    from compressor.foreign import dequantise, method_of
+    from compressor.foreign import VERSION, dequantise, method_of
 
     file = folder / "config.json"
     config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
@@ -81,7 +81,7 @@ def _dequantised(folder: Path) -> Path:
         return folder
     place = folder.resolve()
     files = [(part.name, part.stat().st_size, part.stat().st_mtime_ns) for part in sorted(place.glob("*.safetensors"))]
-    known = hashlib.sha256(repr((place, file.stat().st_mtime_ns, files)).encode()).hexdigest()[:16]
+    known = hashlib.sha256(repr((VERSION, place, file.stat().st_mtime_ns, files)).encode()).hexdigest()[:16]
     dense = cache_folder() / "models" / f"{folder.absolute().name}-{known}"
     if not (dense / "config.json").is_file():
         dense.parent.mkdir(parents=True, exist_ok=True)
@@ -188,8 +188,10 @@ def check_loaded(folder: Path, model: Any, report: Mapping[str, Any], *, new_hea
     if other:
         raise ValueError(f"{folder}: {min(other)} has another shape than config.json says; the folder is damaged")
     missing = set(report["missing_keys"])
+    if new_head:
+        missing = {name for name in missing if name.startswith(body)}
     if new_head or is_bare_encoder(model.config):
-        missing = {name for name in missing if name.startswith(body) and "pooler" not in name.split(".")}
+        missing = {name for name in missing if "pooler" not in name.split(".")}
     if not missing:
         return
     unknown = sorted(report["unexpected_keys"])
@@ -254,9 +256,11 @@ def is_bare_encoder(config: Any) -> bool:
 
 
 def auto_class(config: Any) -> Any:
-    """transformers' class that makes the model of a configuration: a classifier, or else a causal language model."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    """transformers' class for a configuration: an encoder without a head, a classifier, or a causal language model."""
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    if is_bare_encoder(config):
+        return AutoModel
     return AutoModelForSequenceClassification if is_classifier(config.architectures) else AutoModelForCausalLM
 
 

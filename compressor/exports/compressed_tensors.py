@@ -19,12 +19,10 @@ from torch import Tensor
 from compressor.checkpoint import ShardWriter
 from compressor.exports import source as exported
 from compressor.exports.dense import write_config
-from compressor.exports.source import Layer, Source
+from compressor.exports.source import Layer, Source, bits_of
 from compressor.exports.words import from_words, to_words
-from compressor.formats import FORMATS, QuantizedWeight
+from compressor.formats import QuantizedWeight
 from compressor.scheme import QuantizationConfig, Scheme
-
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def losses(source: Source) -> list[str]:
@@ -44,22 +42,7 @@ def losses(source: Source) -> list[str]:
     for name, scheme in linears.items():
         if not _per_row(scheme):
             check_words(name, source.shape_of(name)[1], bits_of(scheme))
-    kinds: dict[tuple[str, str], set[tuple[int, int] | None]] = {}
-    for name in {*linears, *source.dense_linears()}:
-        parent, _, own = name.rpartition(".")
-        if fused := next((group for group in _FUSED if own in group), None):
-            scheme = linears.get(name, Scheme())
-            bits = bits_of(scheme)
-            kind = None if bits is None else (bits, scheme.group_size)
-            kinds.setdefault((parent, " and ".join(fused)), set()).add(kind)
-    unlike = sorted(key for key, found in kinds.items() if len(found) > 1)
-    if not unlike:
-        return []
-    parent, names = unlike[0]
-    return [
-        f"the scheme of {names} differs in {len(unlike)} places ({parent}, ...), which vLLM does not load; "
-        "transformers does"
-    ]
+    return source.unlike_parts()
 
 
 def check_words(name: str, count: int, bits: int | None) -> None:
@@ -75,18 +58,11 @@ def write(source: Source, stage: Path) -> None:
     for name in source.schemes:
         layer = source.layer(name)
         for key, tensor in _stored(layer, bits_of(schemes.get(name))).items():
-            writer.add(f"{name}.{key}", tensor)
+            writer.add(source.hub_name(f"{name}.{key}"), tensor)
     for name, tensor in source.plain():
-        writer.add(name, tensor)
+        writer.add(source.hub_name(name), tensor)
     writer.close()
     write_config(stage, source.config | {"quantization_config": _config(source, schemes)})
-
-
-def bits_of(scheme: Scheme | None) -> int | None:
-    """4 or 8 for symmetric integer grids, None for what is stored plainly."""
-    if scheme is None or FORMATS[scheme.format].grid is None:
-        return None
-    return 4 if FORMATS[scheme.format].grid == (-8, 7) else 8
 
 
 def _per_row(scheme: Scheme) -> bool:
@@ -121,7 +97,13 @@ def _config(source: Source, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": sorted({"lm_head", *(name for name in source.dense_linears() if name not in packed)}),
+        "ignore": sorted(
+            {
+                "lm_head",
+                source.hub_name("lm_head.weight").rpartition(".")[0],
+                *(name for name in source.dense_linears() if name not in packed),
+            }
+        ),
         "config_groups": groups,
     }
 

@@ -25,9 +25,9 @@ def write(source: Source, stage: Path) -> None:
     """Writes shards and config.json."""
     writer = ShardWriter(stage)
     for name in source.schemes:
-        writer.add(f"{name}.weight", source.layer(name).dense())
+        writer.add(source.hub_name(f"{name}.weight"), source.layer(name).dense())
     for name, tensor in source.plain():
-        writer.add(name, tensor)
+        writer.add(source.hub_name(name), tensor)
     writer.close()
     write_config(stage, source.config)
 

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from compressor.exports import source as exported
-from compressor.exports.compressed_tensors import bits_of
 from compressor.exports.dense import write_config
 from compressor.exports.gguf_tokenizer import add_tokenizer, check_tokenizer
 from compressor.exports.gptq import inexact_in_fp16
 from compressor.exports.llama_like import LlamaLike, parse_llama_like
-from compressor.exports.source import Source
+from compressor.exports.source import Source, bits_of
 from compressor.formats import QuantizedWeight
 from compressor.from_gguf import ROPE_FACTORS, llama3_factors, yarn_attention
 from compressor.scheme import Scheme

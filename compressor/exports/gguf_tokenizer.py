@@ -89,5 +89,8 @@ def _add_special(writer: Any, folder: Path, tokens: list[str]) -> None:
         if index is not None and index < len(tokens):
             add(index)
     writer.add_add_bos_token(tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from compressor.checkpoint import ShardWriter
 from compressor.exports import source as exported
-from compressor.exports.compressed_tensors import bits_of, check_words
+from compressor.exports.compressed_tensors import check_words
 from compressor.exports.dense import write_config
-from compressor.exports.source import Layer, Source, architecture_of
+from compressor.exports.source import Layer, Source, architecture_of, bits_of
 from compressor.exports.words import from_words, to_words
 from compressor.formats import QuantizedWeight
 from compressor.models import is_classifier
@@ -29,7 +29,7 @@ from compressor.scheme import Scheme
 
 
 def losses(source: Source) -> list[str]:
-    """Scales that fp16 does not hold.
+    """Scales that fp16 does not hold, and layers that vLLM makes one of and that are stored unlike.
 
     Raises:
         ValueError: a model with a head for classes, layers that differ in bits or group size, or that the layout cannot
@@ -54,7 +54,7 @@ def losses(source: Source) -> list[str]:
         if bits and rows % (32 // bits):
             raise ValueError(f"{name} has {rows} rows; gptq needs a multiple of {32 // bits}: export to dense instead")
     count = sum(inexact_in_fp16(source.scale(name)) for name in packed)
-    return [f"{count} scales are rounded to fp16"] if count else []
+    return [*([f"{count} scales are rounded to fp16"] if count else []), *source.unlike_parts()]
 
 
 def inexact_in_fp16(scale: Tensor) -> int:
@@ -70,9 +70,9 @@ def write(source: Source, stage: Path) -> None:
         layer = source.layer(name)
         bits = bits_of(schemes.get(name))
         for key, tensor in _stored(layer, bits).items():
-            writer.add(f"{name}.{key}", tensor)
+            writer.add(source.hub_name(f"{name}.{key}"), tensor)
     for name, tensor in source.plain():
-        writer.add(name, tensor)
+        writer.add(source.hub_name(name), tensor)
     writer.close()
     record = _config(source, schemes)
     write_config(stage, source.config | {"quantization_config": record})
@@ -98,6 +98,7 @@ def _config(source: Source, schemes: dict[str, Scheme]) -> dict[str, Any]:
     packed = {name: scheme for name, scheme in schemes.items() if bits_of(scheme) is not None}
     scheme = next(iter(packed.values()))
     dense = [name for name in source.dense_linears() if name not in packed]
+    dense += sorted(name for name, kinds in source.fused().items() if kinds == {None})  # by the names that vLLM has
     return {
         "quant_method": "gptq",
         "bits": bits_of(scheme),

@@ -21,10 +21,9 @@ from torch import Tensor
 from compressor.exports import bert_like
 from compressor.exports import source as exported
 from compressor.exports.bert_like import BertLike, parse_bert_like
-from compressor.exports.compressed_tensors import bits_of
 from compressor.exports.dense import write_config
 from compressor.exports.llama_like import LlamaLike, parse_llama_like
-from compressor.exports.source import Source, architecture_of
+from compressor.exports.source import Source, architecture_of, bits_of
 from compressor.formats import QuantizedWeight
 from compressor.formats.nibbles import pack_nibbles, unpack_nibbles
 from compressor.scheme import Scheme

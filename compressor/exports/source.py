@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from compressor.calibration import is_conv1d
 from compressor.checkpoint import Checkpoint
 from compressor.exports.regrid import fit_grid
-from compressor.formats import QuantizedWeight, make_format
+from compressor.formats import FORMATS, QuantizedWeight, make_format
 from compressor.formats.low_rank import low_rank_weight
 from compressor.inspection import packed_modules
 from compressor.models import name_of, skeleton
 from compressor.scheme import Scheme
 
 RECORD = "halfweight.json"
+_HUB_PREFIXES = {"GPTNeoXForCausalLM": ("lm_head.", "embed_out.")}
+"""{architecture: what transformers 5 calls a tensor, what checkpoints and all other readers call it}."""
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""{what vLLM makes of some linears: their names}."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,47 @@ class Source:
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)]
         self._shapes = {name: tuple(m.weight.shape) for name, m in model.named_modules() if _has_matrix(m)}
         self._linears = [name for name in linears if name not in self.embeddings]
+        self._tied: bool = model.config.tie_word_embeddings
+        self._tied_by_default: bool = type(model.config)().tie_word_embeddings
 
     @property
     def config(self) -> dict[str, Any]:
-        """`config.json` without our record of what is packed."""
-        return {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
+        """`config.json` without our record of what is packed; a head that differs from the embedding is not tied."""
+        config = {key: value for key, value in self.checkpoint.config.items() if key != "quantization_config"}
+        if config.get("tie_word_embeddings", self._tied_by_default) and not self._tied:
+            config["tie_word_embeddings"] = False
+        return config
+
+    def hub_name(self, name: str) -> str:
+        """The name that checkpoints of the hub give one of the model's tensors."""
+        ours, theirs = _HUB_PREFIXES.get(architecture_of(self.config), ("", ""))
+        return theirs + name.removeprefix(ours) if ours and name.startswith(ours) else name
+
+    def fused(self) -> dict[str, set[tuple[int, int] | None]]:
+        """{linear that vLLM makes of several: the (bits, group size) of these, or None of a dense one}."""
+        linears = self.linears()
+        found: dict[str, set[tuple[int, int] | None]] = {}
+        for name in {*linears, *self.dense_linears()}:
+            parent, dot, own = name.rpartition(".")
+            for fused, parts in _FUSED.items():
+                if own in parts:
+                    scheme = linears.get(name, Scheme())
+                    bits = bits_of(scheme)
+                    kind = None if bits is None else (bits, scheme.group_size)
+                    found.setdefault(f"{parent}{dot}{fused}", set()).add(kind)
+        return found
+
+    def unlike_parts(self) -> list[str]:
+        """A sentence on linears of which vLLM makes one and that are exported unlike, where there are any."""
+        unlike = sorted(name for name, kinds in self.fused().items() if len(kinds) > 1)
+        if not unlike:
+            return []
+        parent, _, own = unlike[0].rpartition(".")
+        places = f"places ({parent}, ...)" if len(unlike) > 1 else f"place ({parent})"
+        return [
+            f"the scheme of {' and '.join(_FUSED[own])} differs in {len(unlike)} {places}, which vLLM "
+            "does not load; transformers does"
+        ]
 
     def losses(self) -> list[str]:
         """What no target holds."""
@@ -121,6 +161,13 @@ class Source:
                 yield name, self.checkpoint.tensor(name)
 
 
+def bits_of(scheme: Scheme | None) -> int | None:
+    """4 or 8 for symmetric integer grids, None for what is stored plainly."""
+    if scheme is None or FORMATS[scheme.format].grid is None:
+        return None
+    return 4 if FORMATS[scheme.format].grid == (-8, 7) else 8
+
+
 def _has_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
 
@@ -141,6 +188,13 @@ class Exported:
         self.folder, self.config = folder, config
         self.checkpoint = Checkpoint.open(folder, verify=False, foreign=True)
         model = skeleton(folder)
+        ours, theirs = _HUB_PREFIXES.get(architecture_of(config), ("", ""))
+        self._renamed = {
+            name: ours + name.removeprefix(theirs)
+            for name in self.checkpoint.names()
+            if theirs and name.startswith(theirs)
+        }
+        """{stored name: the model's}, where they differ."""
         self.transposed = {name for name, module in model.named_modules() if is_conv1d(module)}
 
     def weight(self, name: str, scheme: Scheme) -> QuantizedWeight | None:
@@ -150,14 +204,16 @@ class Exported:
 
     def dense(self, name: str) -> Tensor:
         """The weight as the model's own module keeps it."""
-        return self.checkpoint.tensor(f"{name}.weight")
+        stored = {own: stored for stored, own in self._renamed.items()}
+        return self.checkpoint.tensor(stored.get(f"{name}.weight", f"{name}.weight"))
 
     def plain(self, modules: set[str]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that is not part of the weights of `modules`."""
-        for name in self.checkpoint.names():
+        for stored in self.checkpoint.names():
+            name = self._renamed.get(stored, stored)
             module, _, key = name.rpartition(".")
             if module not in modules or key == "bias":
-                yield name, self.checkpoint.tensor(name)
+                yield name, self.checkpoint.tensor(stored)
 
 
 def fitted(weight: Tensor, scheme: Scheme) -> QuantizedWeight | None:

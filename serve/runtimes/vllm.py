@@ -38,6 +38,9 @@ _ARRANGED = {
     **dict.fromkeys(("--pipeline-parallel-size", "-pp"), "--pipeline-parallel-size"),
 }
 """Flags of vLLM on which the gate, the processors or the cache depend, so that they are taken as ours alone."""
+_PAST_THE_GATE = ("--grpc", "--grpc-port", "--config")
+"""Servers of vLLM's beside the one that the gate stands before, and a file that can hold any flag."""
+_RUST = "VLLM_USE_RUST_FRONTEND"
 _CACHE_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 _OFFLOAD_FLAGS = (
     "--offload-backend", "--cpu-offload-gb", "--cpu-offload-params", "--offload-group-size", "--offload-num-in-group",
@@ -82,6 +85,10 @@ def arguments(options: ServeOptions) -> list[str]:
     for argument in options.runtime_arguments:
         if (flag := _meant(argument, _ARRANGED)) is not None:
             raise ValueError(f"{flag} was given after --, past what depends on it; give {_ARRANGED[flag]} before --")
+        if (flag := _meant(argument, _PAST_THE_GATE)) is not None:
+            raise ValueError(f"{flag} would let requests past the key and the limits of this server; leave it out")
+    if os.environ.get(_RUST, "0") not in ("", "0"):
+        raise ValueError(f"{_RUST} starts a server without the key and the limits of this one; unset it")
     if options.eager and options.pipeline_parallel_size > 1 and on_cpu():
         raise ValueError("on a CPU vLLM 0.32 cannot run --pipeline-parallel-size with --eager; leave --eager out")
     given = [str(options.folder), "--host", options.host, "--port", str(options.port)]

@@ -18,6 +18,8 @@ from serve.vllm_plugin import check_version
 
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 """The families' names of the token embedding: vLLM does not tell most of its embedding layers theirs."""
+_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+"""What families mean that fuse layers and do not say of which."""
 
 
 class HalfweightConfig(VllmQuantizationConfig):  # type: ignore[misc]
@@ -28,6 +30,8 @@ class HalfweightConfig(VllmQuantizationConfig):  # type: ignore[misc]
         check_version(vllm_version)
         self.record = dict(record)
         self.parsed = QuantizationConfig.from_dict(self.record)
+        targets = [target.removeprefix("re:") for group in self.parsed.groups.values() for target in group.targets]
+        self.roots = sorted({target.partition(".")[0].rstrip("\\") for target in targets if "." in target})
         from serve.vllm_plugin.embedding import register_layers
 
         register_layers()
@@ -61,12 +65,16 @@ class HalfweightConfig(VllmQuantizationConfig):  # type: ignore[misc]
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from serve.vllm_plugin.embedding import HalfweightEmbeddingMethod
-        from serve.vllm_plugin.linear import HalfweightLinearMethod
+        from serve.vllm_plugin.linear import HalfweightLinearMethod, TurnedBack
 
         if isinstance(layer, LinearBase):
-            schemes = [self.scheme_of(name) for name in self.modules_of(prefix)]
-            packed = any(scheme is not None for scheme in schemes)
-            return HalfweightLinearMethod(schemes, prefix) if packed else UnquantizedLinearMethod()
+            modules = self.modules_of(prefix)
+            schemes = [self.scheme_of(name) for name in modules]
+            # GPT-2's weights lie as Conv1D's do and vLLM turns them; what is recorded, dense too, lies as a linear's.
+            turned = self.model_type() == "gpt2" and any(self.recorded(name) is not None for name in modules)
+            if any(scheme is not None for scheme in schemes):
+                return HalfweightLinearMethod(schemes, prefix, turned=turned)
+            return TurnedBack() if turned else UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
             head = isinstance(layer, ParallelLMHead)
             scheme = self.head_scheme(prefix) if head else self.embedding_scheme()
@@ -75,12 +83,22 @@ class HalfweightConfig(VllmQuantizationConfig):  # type: ignore[misc]
 
     def modules_of(self, prefix: str) -> list[str]:
         """The checkpoint's modules that one of vLLM's linears stands for."""
-        parent, dot, name = prefix.strip(".").rpartition(".")
-        return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(name, [name])]
+        module = prefix.strip(".")
+        parent, dot, name = module.rpartition(".")
+        parts = self.packed_modules_mapping.get(name)
+        if parts is None:
+            parts = _FUSED[name] if name in _FUSED and self.recorded(module) is None else [name]
+        return [f"{parent}{dot}{part}" for part in parts]
+
+    def recorded(self, module: str) -> Scheme | None:
+        """What the checkpoint says of a module; the outermost name may be missing in it, or be another than vLLM's."""
+        rest = module.partition(".")[2]
+        names = (module, rest, *(f"{root}.{rest}" for root in self.roots))
+        return next((found for name in names if (found := self.parsed.scheme_of(name)) is not None), None)
 
     def scheme_of(self, module: str) -> Scheme | None:
-        """A module's scheme, or None where its weight is plain; the outermost name may be missing in a checkpoint."""
-        found = self.parsed.scheme_of(module) or self.parsed.scheme_of(module.partition(".")[2])
+        """A module's scheme, or None where its weight is plain."""
+        found = self.recorded(module)
         plain = found is not None and found.format == "dense" and found.low_rank is None
         return None if plain else found
 
@@ -97,6 +115,16 @@ class HalfweightConfig(VllmQuantizationConfig):  # type: ignore[misc]
     @staticmethod
     def tied() -> bool:
         """Whether the token embedding is the LM head of the model that is being built."""
-        from vllm.config import get_current_vllm_config
+        return bool(getattr(_model_config(), "tie_word_embeddings", False))
 
-        return bool(getattr(get_current_vllm_config().model_config.hf_config, "tie_word_embeddings", False))
+    @staticmethod
+    def model_type() -> str:
+        """The family of the model that is being built, as transformers calls it; empty where none is."""
+        return str(getattr(_model_config(), "model_type", ""))
+
+
+def _model_config() -> Any:
+    from vllm.config import get_current_vllm_config_or_none
+
+    current = get_current_vllm_config_or_none()
+    return getattr(getattr(current, "model_config", None), "hf_config", None)

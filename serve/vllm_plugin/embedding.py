@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation import backends
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -108,7 +109,12 @@ def quick_head(head: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _own_config() -> Any:
-    """The quantisation config of the model that is being built, if it is ours."""
+    """The quantisation config of the model that is being built, if it is ours.
+
+    The heads that guess tokens ahead are built under the config of the model that they guess for, and are not packed.
+    """
+    if backends.model_tag.endswith("_head"):
+        return None
     current = get_current_vllm_config_or_none()
     config = None if current is None else current.quant_config
     return config if config is not None and config.get_name() == QUANT_METHOD else None
@@ -116,12 +122,12 @@ def _own_config() -> Any:
 
 class _Embedding(VocabParallelEmbedding):  # type: ignore[misc]
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **(named | {"quant_config": named.get("quant_config") or _own_config()}))
+        super().__init__(*arguments, **({"quant_config": _own_config()} | named))
 
 
 class _Head(ParallelLMHead):  # type: ignore[misc]
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **(named | {"quant_config": named.get("quant_config") or _own_config()}))
+        super().__init__(*arguments, **({"quant_config": _own_config()} | named))
 
 
 def register_layers() -> None:

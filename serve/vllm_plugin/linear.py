@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.utils import set_weight_attrs
 
 from compressor.compressed_linear import CompressedLinear
@@ -56,11 +56,13 @@ class HalfweightLinearMethod(LinearMethodBase):  # type: ignore[misc]
     Args:
         schemes: of the checkpoint's modules that the layer stands for; None is a plain weight.
         prefix: the layer's name, for messages.
+        turned: whether vLLM turns the tensors named `weight`, which lie as it wants them.
     """
 
-    def __init__(self, schemes: Sequence[Scheme | None], prefix: str) -> None:
+    def __init__(self, schemes: Sequence[Scheme | None], prefix: str, *, turned: bool = False) -> None:
         self.schemes = tuple(schemes)
         self.prefix = prefix
+        self.turned = turned
 
     def create_weights(
         self,
@@ -86,7 +88,9 @@ class HalfweightLinearMethod(LinearMethodBase):  # type: ignore[misc]
                     continue
                 layer.stored[number][name] = name
                 sides = ({"output_dim": 0} if stored.rows is None else {}) | ({"input_dim": 1} if stored.shared else {})
-                register(layer, name, tensor, weight_loader=attributes["weight_loader"], **sides)
+                loader = attributes["weight_loader"]
+                loader = turned_back(loader) if self.turned and name == "weight" else loader
+                register(layer, name, tensor, weight_loader=loader, **sides)
 
     def _stored(self, part: Part, columns: int, all_columns: int, dtype: torch.dtype) -> dict[str, Stored]:
         try:
@@ -120,6 +124,23 @@ class HalfweightLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return run(layer.packed[0], x, bias)
         biases = [None if bias is None else bias[part.start : part.stop] for part in layer.parts]
         return torch.cat([run(linear, x, own) for linear, own in zip(layer.packed, biases, strict=True)], dim=-1)
+
+
+class TurnedBack(UnquantizedLinearMethod):  # type: ignore[misc]
+    """vLLM's own method for a plain weight that is loaded as it was before vLLM turned it."""
+
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
+        attributes["weight_loader"] = turned_back(attributes["weight_loader"])
+        super().create_weights(layer, *sizes, **attributes)
+
+
+def turned_back(load: Callable[..., None]) -> Callable[..., None]:
+    """A loader that gets matrices [I, O] and loads [O, I]."""
+
+    def turn(parameter: nn.Parameter, loaded: Tensor, *shard: Any) -> None:
+        load(parameter, loaded.t(), *shard)
+
+    return turn
 
 
 def parts_of(schemes: Sequence[Scheme | None], sizes: Sequence[int], prefix: str) -> list[Part]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.checkpoint import Checkpoint, CheckpointError, CheckpointWriter
@@ -203,6 +205,37 @@ def test_the_onnx_graph_computes_what_transformers_does(tiny_llama: Path, tmp_pa
     assert np.abs(found - wanted).max() < 1e-4 * max(1.0, np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("target", ["onnx", "dense"])
+def test_a_trained_head_is_not_the_embedding(target: str, tmp_path: Path) -> None:
+    """config.json says that they are tied; the folder holds a head that differs, which counts."""
+    folder = make_tiny_model("llama", tmp_path / "model", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    export_checkpoint(folder, target, tmp_path / "out")
+    ids = [5, 9, 200, 31]
+    with torch.no_grad():
+        wanted = load_model(folder, torch.float32)(torch.tensor([ids])).logits[0]
+        if target == "onnx":
+            found = torch.from_numpy(run_onnx(tmp_path / "out" / "model.onnx", [ids]))
+        else:
+            assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+            found = load_model(tmp_path / "out", torch.float32)(torch.tensor([ids])).logits[0]
+    assert (found - wanted).abs().max() < 1e-4 * max(1.0, float(wanted.abs().max()))
+
+
+def test_gguf_keeps_named_chat_templates(tmp_path: Path) -> None:
+    folder = make_tiny_model("llama", tmp_path / "model")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    file = folder / "tokenizer_config.json"
+    templates = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": templates}))
+    export_checkpoint(packed(folder, tmp_path / "packed"), "gguf", tmp_path / "out")
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == "plain"
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "with tools"
+
+
 def test_onnx_blocks_by_their_own_arithmetic(sparse_int4: Path, tmp_path: Path) -> None:
     """MatMulNBits: w[n, k] = scale[n, k // block] * (field - 8), fields low first in blob [N, K / block, block / 2]."""
     export_checkpoint(sparse_int4, "onnx", tmp_path / "onnx")
@@ -245,7 +278,9 @@ def test_a_folded_branch_is_said_first(target: str, sparse_int4: Path, tmp_path:
         export_checkpoint(folder, target, tmp_path / "export")
     assert not (tmp_path / "export").exists()
     lost = export_checkpoint(folder, target, tmp_path / "export", allow_lossy=True)
-    assert len(lost) == (2 if target == "compressed-tensors" else 1), lost  # vLLM does not fuse it with k and v
+    assert len(lost) == (2 if target in ("compressed-tensors", "gptq") else 1), (
+        lost
+    )  # vLLM does not fuse it with k and v
     assert import_checkpoint(tmp_path / "export", tmp_path / "back") == [LAYER]
     assert Checkpoint.open(tmp_path / "back").quantization.kv_cache_dtype == "int8"
     tensors = Checkpoint.open(folder).module(LAYER)
@@ -323,11 +358,27 @@ def test_gguf_keeps_float16(tmp_path: Path, tiny_llama: Path) -> None:
         assert torch.equal(expected(tmp_path / "back", module), expected(folder, module)), module
 
 
-def test_what_vllm_makes_one_of_and_is_stored_unlike_is_said(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["compressed-tensors", "gptq"])
+def test_what_vllm_makes_one_of_and_is_stored_unlike_is_said(target: str, tiny_llama: Path, tmp_path: Path) -> None:
     record = {"quantization": {"group_size": 32}, "ignore": ["re:.*v_proj"]}
     compress(str(tiny_llama), parse_recipe(record), tmp_path / "packed", report=lambda *_: None)
     with pytest.raises(ValueError, match=r"scheme of q_proj and k_proj and v_proj differs in 2 places .*vLLM"):
-        export_checkpoint(tmp_path / "packed", "compressed-tensors", tmp_path / "out")
+        export_checkpoint(tmp_path / "packed", target, tmp_path / "out")
+
+
+def test_gptq_names_dense_layers_as_vllm_does_too(tiny_llama: Path, tmp_path: Path) -> None:
+    record = {"quantization": {"group_size": 32}, "ignore": ["re:.*layers[.]0[.].*", "re:.*up_proj", "re:.*gate_proj"]}
+    compress(str(tiny_llama), parse_recipe(record), tmp_path / "packed", report=lambda *_: None)
+    export_checkpoint(tmp_path / "packed", "gptq", tmp_path / "out")
+    rules = json.loads((tmp_path / "out" / "quantize_config.json").read_text())["dynamic"]
+
+    def is_dense(layer: str) -> bool:
+        return any(re.match(rule.removeprefix("-:"), layer) for rule in rules)
+
+    for layer in ("0.self_attn.qkv_proj", "0.mlp.gate_up_proj", "1.mlp.gate_up_proj", "0.self_attn.o_proj"):
+        assert is_dense(f"model.layers.{layer}"), layer
+    for layer in ("1.self_attn.qkv_proj", "1.self_attn.q_proj", "1.mlp.down_proj"):
+        assert not is_dense(f"model.layers.{layer}"), layer
 
 
 @pytest.mark.parametrize("target", ["compressed-tensors", "gptq"])

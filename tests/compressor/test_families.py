@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from compressor.checkpoint import Checkpoint
+from compressor.exports import export_checkpoint, import_checkpoint
 from compressor.formats import make_format
 from compressor.inspection import packed_modules, verify
 from compressor.models import block_linears, load_model, quiet_transformers, skeleton
@@ -63,6 +65,25 @@ def test_a_family_is_pruned_retrained_packed_and_loaded(kind: str, prose: Path, 
         expected, found = dense(ids).logits, packed(ids).logits
     assert bool(torch.isfinite(found).all())
     assert float((found - expected).norm()) < 0.02 * float(expected.norm())
+
+
+@pytest.mark.parametrize("target", ["dense", "compressed-tensors", "gptq"])
+def test_exports_name_the_head_as_the_hub_does(target: str, tmp_path: Path) -> None:
+    """transformers 5 calls GPT-NeoX's head lm_head; its checkpoints, transformers 4 and vLLM say embed_out."""
+    folder, out = make_tiny_model("gpt_neox", tmp_path / "model"), tmp_path / "out"
+    quantization = {"values": "int4", "quantizer": "rtn", "group_size": 32, "embeddings": "int8"}
+    compress(
+        str(folder), parse_recipe({"sparsity": {"criterion": "magnitude"}, "quantization": quantization}), out,
+        report=quiet,
+    )  # fmt: skip
+    export_checkpoint(out, target, tmp_path / "export")
+    names = Checkpoint.open(tmp_path / "export", foreign=True).names()
+    assert "embed_out.weight" in names
+    assert not [name for name in names if name.startswith("lm_head")]
+    import_checkpoint(tmp_path / "export", tmp_path / "back")
+    before, after = (load_file(path / "model.safetensors") for path in (out, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "phimoe", "gpt_oss"])

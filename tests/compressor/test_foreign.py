@@ -52,6 +52,23 @@ def test_gptq_with_zero_points_and_act_order() -> None:
     assert torch.equal(READERS["gptq"](parts, {"bits": 4, "checkpoint_format": "gptq_v2"}), plain)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gptq_zero_points_of_zero_borrow_from_the_next(bits: int) -> None:
+    """GPTQModel takes one from every field of a word at once, so a zero point of 0 takes one more from the next."""
+    fields, generator = 32 // bits, torch.Generator().manual_seed(2)
+    zeros = torch.randint(0, 2**bits, (3, 2 * fields), generator=generator)
+    zeros[0, 0] = zeros[1, 3] = zeros[2, -1] = 0
+    shifts = bits * torch.arange(fields)
+    whole = (zeros.unflatten(1, (-1, fields)) << shifts).sum(-1) - int((1 << shifts).sum())
+    stored = torch.where(whole % 2**32 >= 2**31, whole % 2**32 - 2**32, whole % 2**32).to(torch.int32)
+    parts = {
+        "qweight": torch.zeros(3, 2 * fields, dtype=torch.int32), "qzeros": stored,
+        "scales": torch.ones(3, 2 * fields, dtype=torch.float16),
+    }  # fmt: skip
+    found = READERS["gptq"](parts, {"bits": bits})
+    assert torch.equal(found, -zeros.float().t().repeat_interleave(fields, 1))
+
+
 def test_awq() -> None:
     values, zeros, scales = random_parts()
     order = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -70,6 +87,40 @@ def test_compressed_tensors_with_zero_points() -> None:
     }  # fmt: skip
     wanted = (values - zeros.repeat_interleave(32, 1)).float() * scales.float().repeat_interleave(32, 1)
     assert torch.equal(READERS["compressed-tensors"](parts, {}), wanted)
+    parts["weight_zero_point"] = (zeros - 8).to(torch.int8)  # as they were stored before they were packed
+    assert torch.equal(READERS["compressed-tensors"](parts, {}), wanted)
+    with pytest.raises(CheckpointError, match=r"weight_zero_point is \[16, 1\] for scales of \[16, 2\]"):
+        READERS["compressed-tensors"](parts | {"weight_zero_point": torch.zeros(16, 1, dtype=torch.int8)}, {})
+
+
+def test_compressed_tensors_that_are_not_compressed() -> None:
+    """`save_compressed=False` leaves dense weights beside the scales that they were rounded with."""
+    weight = torch.randn(16, 64).bfloat16()
+    parts = {"weight": weight, "weight_scale": torch.rand(16, 1), "weight_zero_point": torch.zeros(16, 1)}
+    assert torch.equal(READERS["compressed-tensors"](parts, {}), weight.float())
+    blocks = {"weight": torch.zeros(256, 16384, dtype=torch.int8), "weight_scale": torch.ones(2, 128)}
+    with pytest.raises(CheckpointError, match=r"weight_scale is \[2, 128\]"):
+        READERS["compressed-tensors"](blocks, {})
+
+
+def test_scales_that_nothing_speaks_of_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    """ModelOpt keeps its record in another file; read as a dense model it would be 8-bit numbers without scales."""
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"].to(torch.float8_e4m3fn)
+    tensors[f"{LAYER}.weight_scale"] = torch.ones(1)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj.weight_scale, but its config.json has no quantization_config"):
+        Checkpoint.open(tmp_path / "model")
+    config = json.loads((tiny_llama / "config.json").read_text())
+    config["compression_config"] = {"quant_method": "compressed-tensors"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="is quantised by 'compressed-tensors'"):
+        Checkpoint.open(tmp_path / "model")
+    dequantise(tmp_path / "model", tmp_path)
+    found = Checkpoint.open(tmp_path)
+    assert "compression_config" not in found.config
+    assert torch.equal(found.tensor(f"{LAYER}.weight"), tensors[f"{LAYER}.weight"].bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

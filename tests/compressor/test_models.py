@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from compressor import from_gguf, models
 from compressor.checkpoint import MAX_SHARD_BYTES, Checkpoint
 from compressor.cli import main
+from compressor.exports import export_checkpoint
 from compressor.models import fetch_model, load_classifier, load_model, quiet_transformers, skeleton
 from compressor.pipeline import compress
 from compressor.preflight import check
 from compressor.recipe import parse_recipe
 from compressor.streaming import compress_streaming
-from tests.compressor.test_exports_classifiers import SENTENCES, SIZES, make_classifier
+from tests.compressor.test_exports_classifiers import SENTENCES, SIZES, feeds_of, make_classifier, run_onnx
 from tests.tiny import make_tiny_model, make_tokenizer
 
 PLAIN = {"sparsity": {"criterion": "magnitude"}, "quantization": {"values": "int8", "group_size": 32}}
@@ -166,16 +167,34 @@ def test_a_head_that_was_trained_is_not_tied_again(
 
 
 def test_an_encoder_without_a_head_stays_one(tmp_path: Path) -> None:
-    """Its embeddings are served; the head that transformers gives it is nobody's."""
-    from transformers import BertConfig, BertModel
+    """Its tensors keep the names that `AutoModel` and the exports look for, and no head is made up."""
+    from transformers import AutoModel, BertConfig, BertModel
 
     with quiet_transformers():
         BertModel(BertConfig(**SIZES)).bfloat16().save_pretrained(tmp_path / "bert")
         make_tokenizer().save_pretrained(tmp_path / "bert")
     compress(str(tmp_path / "bert"), parse_recipe(PLAIN), tmp_path / "out", report=quiet)
-    assert Checkpoint.open(tmp_path / "out").config["architectures"] == ["BertModel"]
-    with pytest.raises(ValueError, match="Leave --low-memory out"):
-        compress_streaming(str(tmp_path / "bert"), parse_recipe(PLAIN), tmp_path / "low", report=quiet)
+    stored = Checkpoint.open(tmp_path / "out")
+    assert stored.config["architectures"] == ["BertModel"]
+    assert {"embeddings.LayerNorm.weight", "pooler.dense.weight"} < set(stored.names())
+    assert not [name for name in stored.names() if name.startswith(("bert.", "cls."))]
+    export_checkpoint(tmp_path / "out", "dense", tmp_path / "dense")
+    export_checkpoint(tmp_path / "out", "onnx", tmp_path / "onnx")
+    feeds = feeds_of("bert")
+    inputs: Any = {name: torch.from_numpy(array) for name, array in feeds.items()}
+    with quiet_transformers(), torch.no_grad():
+        packed, dense = (
+            AutoModel.from_pretrained(tmp_path / name, dtype=torch.float32).eval()(**inputs)
+            for name in ("out", "dense")
+        )
+    for ours, theirs in zip(packed[:2], dense[:2], strict=True):
+        assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > 0.999
+    found = run_onnx(tmp_path / "onnx", feeds)["pooler_output"]
+    assert torch.nn.functional.cosine_similarity(torch.from_numpy(found), packed.pooler_output).min() > 0.999
+    compress_streaming(str(tmp_path / "bert"), parse_recipe(PLAIN), tmp_path / "low", report=quiet)
+    streamed, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("low", "out"))
+    assert streamed.keys() == whole.keys()
+    assert all(torch.equal(streamed[name], whole[name]) for name in whole)
 
 
 @pytest.fixture

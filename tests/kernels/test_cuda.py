@@ -101,6 +101,21 @@ def test_cusparselt_multiplies_on_hopper(monkeypatch: pytest.MonkeyPatch) -> Non
         assert choose(name, HOPPER, 4096, 4096, -1, torch.bfloat16) == "semi_structured"
 
 
+@pytest.mark.parametrize("name", ["sparse24", "sparse24_int8", "sparse24_fp8"])
+def test_what_is_unpacked_compiles_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM compiles it. To ask torch for cuSPARSELt there would end in an error."""
+    properties = SimpleNamespace(major=HOPPER[0], minor=HOPPER[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    _, stored = packed(name, -1)
+
+    def multiply(x: Tensor) -> Tensor:
+        return x if cuda.linear(name, x, stored, -1) is None else x + 1
+
+    torch._dynamo.reset()
+    x = torch.ones(3, 256, dtype=torch.bfloat16)
+    assert torch.equal(torch.compile(multiply, backend="eager", fullgraph=True)(x), x)
+
+
 @pytest.mark.parametrize(("capability", "path"), [(AMPERE, "unpack"), ((8, 9), "semi_structured")])
 def test_fp8_needs_cusparselt_and_ada(capability: tuple[int, int], path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)

@@ -26,6 +26,7 @@ MORE_FAMILIES = {
     "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 32},
     "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 32},
     "phi3": {"original_max_position_embeddings": 256},
+    "stablelm": {},
 }
 """Families that the embedded runtime runs through transformers' modules, and what their configuration needs."""
 EMBEDDING = Scheme("int8")

@@ -198,6 +198,16 @@ def test_ranks_get_processors_of_their_own(ranks: int, cpus: list[int], lists: s
     assert vllm.cpus_of_ranks(ranks, cpus) == lists
 
 
+@pytest.mark.parametrize("argument", ["--grpc", "--grpc-port=1", "--grpc_port", "--config", "--conf=x.yaml"])
+def test_nothing_is_served_past_the_gate(argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="would let requests past the key"):
+        vllm.arguments(ServeOptions(tmp_path, runtime_arguments=(argument, "1")))
+    assert vllm.arguments(ServeOptions(tmp_path, runtime_arguments=("--config-format", "hf")))[-1] == "hf"
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_RUST_FRONTEND starts a server without the key"):
+        vllm.arguments(ServeOptions(tmp_path))
+
+
 def test_options_that_vllm_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vLLM has no --deterministic, --max-queue; leave it out"):
         vllm.arguments(ServeOptions(tmp_path, deterministic=True, max_queue=1))

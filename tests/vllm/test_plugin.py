@@ -134,6 +134,9 @@ def test_low_rank_branch_and_plain_parts(ask: Ask, dense: Callable[..., Path], t
     others = {"k_proj": Scheme("int4", 32), "up_proj": Scheme("sparse24_int4", 64)}
     folders.append(pack(dense("llama"), tmp_path / "formats", SPARSE_INT4, others=others))
     folders.append(pack(dense("opt"), tmp_path / "embedding", SPARSE_INT4, embedding=None))
+    # GPT-2's modules that are recorded as dense lie as a linear's; vLLM turns all that are not packed.
+    others = {"attn.c_proj": Scheme("dense"), "c_fc": Scheme("dense", low_rank=LowRank(16))}
+    folders.append(pack(dense("gpt2"), tmp_path / "turned", SPARSE_INT4, others=others))
     answers = ask(folders, windows(), dtype="float32")
     found = {folder.name: agreement(folder, answers[str(folder)]) for folder in folders}
     assert min(found.values()) >= SAME, found

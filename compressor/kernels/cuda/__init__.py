@@ -86,8 +86,8 @@ def linear(name: str, x: Tensor, tensors: Mapping[str, Tensor], group_size: int)
 
         return semi_structured.linear(flat, tensors).unflatten(0, x.shape[:-1])
     packed = tensors.get("weight_packed")
-    if packed is None or x.dtype not in (torch.bfloat16, torch.float16):
-        return None
+    if packed is None or name != "sparse24_int4" or x.dtype not in (torch.bfloat16, torch.float16):
+        return None  # without asking for libraries: vLLM compiles this whole, and that call cannot be
     capability = torch.cuda.get_device_capability(x.device)
     if choose(name, capability, packed.shape[0], x.shape[-1], group_size, x.dtype) != "triton":
         return None
