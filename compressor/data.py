@@ -245,7 +245,9 @@ def _field_of(record: Any, field: str, where: str) -> str:
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         given = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"text {where} holds {given}; a field {field!r} with a string is needed")
+        raise ValueError(
+            f"text {where} holds {given}; a field {field!r} with a string is needed (text.field names another)"
+        )
     return text
 
 

@@ -12,6 +12,7 @@ import torch
 from compressor import kernels
 from compressor.checkpoint import MANIFEST, Checkpoint, CheckpointError, check_manifest, read_json
 from compressor.formats import FORMATS, make_format
+from compressor.kernels import dense
 from compressor.masks import check_n_m
 from compressor.scheme import Scheme
 
@@ -134,4 +135,6 @@ def doctor() -> dict[str, str]:
     for name, fmt in FORMATS.items():
         served = kernels.available() and fmt.has_kernel()
         found[name] = f"C++ kernel, {kernels.isa()}" if served else "portable torch path (slow)"
+        if name == "dense" and kernels.isa() not in dense.FASTER_ON:
+            found[name] = "torch, which reads the weights as they are stored"
     return found

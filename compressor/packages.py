@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from compressor.machine import cache_folder
+
 log = logging.getLogger(__name__)
 
 
@@ -133,11 +135,6 @@ PACKAGES = {
         },
     ),
 }
-
-
-def cache_folder() -> Path:
-    """HALFWEIGHT_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("HALFWEIGHT_CACHE") or Path.home() / ".cache" / "halfweight")
 
 
 def check_cache_space(needed: int, source: Path) -> None:

@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "opt")
 """Model types that the torch runtime serves by its own modules."""
 ENCODERS = ("bert", "roberta")
-"""Model types whose classifiers the torch runtime serves."""
+"""Model types whose encoders and classifiers the torch runtime serves by its own modules."""
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"
 )  # fmt: skip
@@ -379,11 +379,13 @@ def _estimate(
     # The last shard is written beside the file in which its tensors waited.
     disk = packed + min(packed, MAX_SHARD_BYTES) + (parameters * kept * 3 if trained else 0)
     notes = []
-    model_type = str(model.config.model_type)  # type: ignore[union-attr]
-    if model_type not in SERVED and not (model_type in ENCODERS and is_classifier(model.config.architectures)):  # type: ignore[union-attr, arg-type]
+    config: Any = model.config
+    model_type = str(config.model_type)
+    own = ENCODERS if is_classifier(config.architectures) or is_bare_encoder(config) else SERVED
+    if model_type not in own:
         notes.append(
-            f"the torch runtime does not serve {model_type!r} yet (it serves {', '.join(SERVED)}); "
-            "transformers' from_pretrained does"
+            f"the torch runtime serves {model_type!r} through transformers' modules, slower than those that it has "
+            f"modules of its own for ({', '.join(own)})"
         )
     if parameters < 5e8 and recipe.sparsity is not None and not trained:
         notes.append("a model this small loses much of its quality in one shot; a recipe with retraining wins it back")

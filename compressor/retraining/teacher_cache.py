@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.packages import cache_folder
+from compressor.machine import cache_folder
 
 KINDS = ("off", "hidden", "top-k")
 _RESERVE = 1 << 30

@@ -197,5 +197,7 @@ def _labels(records: Sequence[Mapping[str, Any]], field: str) -> tuple[str, ...]
     if len(found) < 2:
         raise ValueError(f"field {field!r} holds {len(found)} different labels; a classifier needs at least 2")
     if len(found) > 1000:
-        raise ValueError(f"field {field!r} holds {len(found)} different labels; for numbers set task.kind=regression")
+        raise ValueError(
+            f"field {field!r} holds {len(found)} different labels; for numbers set task.source.kind=regression"
+        )
     return tuple(sorted(found, key=lambda text: (0, int(text), "") if text.isdigit() else (1, 0, text)))

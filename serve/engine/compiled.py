@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from compressor.kernels import loading
 from compressor.kernels.attention import cache_dtype_of, empty_cache
 from compressor.kernels.fakes import FAKES
+from compressor.machine import cache_folder
 from compressor.output import sync
-from serve.engine.config import cache_folder
 from serve.engine.models.decoder import Decoder, StepInputs
 from serve.process import end_with_parent
 

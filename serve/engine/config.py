@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from compressor.machine import available_memory
@@ -158,12 +156,3 @@ def _budget(engine: EngineConfig, per_token: int, longest: int, states: int) -> 
         return int(engine.kv_cache_gb * GIB)
     wanted = states + per_token * max(engine.max_num_seqs * min(longest, 2048), longest)
     return min(wanted, available_memory() // 4)
-
-
-def cache_folder() -> Path:
-    """Where compiled code and downloads are kept between runs."""
-    given = os.environ.get("HALFWEIGHT_CACHE")
-    if given:
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "halfweight"

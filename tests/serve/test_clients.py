@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from serve.engine.config import cache_folder
+from compressor.machine import cache_folder
 from serve.engine.llm_engine import LLMEngine
 from serve.engine.sampling_params import SamplingParams
 from tests.serve.encoders import save_encoder

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from compressor.machine import cache_folder
+
 logger = logging.getLogger(__name__)
 Setting = TypeVar("Setting", bound=Hashable | dict[str, int])
 Result = TypeVar("Result")
@@ -70,8 +72,7 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 
 def _file() -> Path:
-    root = os.environ.get("HALFWEIGHT_CACHE") or Path.home() / ".cache" / "halfweight"
-    return Path(root) / "gpu-settings.json"
+    return cache_folder() / "gpu-settings.json"
 
 
 @cache

@@ -15,7 +15,6 @@ from compressor.kernels import blob, dense, isa, low_rank
 from compressor.precision import compute_dtype
 
 FIXED_ROWS = 16
-_AVX2 = ("avx2", "avx2_vnni")
 
 
 class KernelLinear(nn.Module):
@@ -138,7 +137,7 @@ def plain_embedding(weight: Tensor) -> nn.Module:
 
 def _kernel_is_faster(weight: Tensor) -> bool:
     slow = weight.device.type == "cpu" and compute_dtype("auto", weight.device) == torch.float32
-    return slow and weight.dtype == torch.bfloat16 and isa() in _AVX2
+    return slow and weight.dtype == torch.bfloat16 and isa() in dense.FASTER_ON
 
 
 def packed_linear(stored: CompressedLinear, float_out: bool = False) -> nn.Module:
