@@ -1,26 +1,32 @@
-// Attention of many queries with AMX: scores and sums are bf16 tile products with fp32 sums, the softmax between them is
-// fp32. Rows are [query][head of the kv head], as there; the cache is read once for all of them.
+// Attention of many queries with AMX: scores and sums are bf16 tile products with fp32 sums, the softmax between them is fp32.
+// Everything lies transposed, with 16 rows (queries and heads of the kv head) in the lanes, so that maxima and totals never
+// cross them. A block of keys and values is read from the cache once for up to 64 rows.
 #pragma once
+#include <type_traits>
+
 #include "attention.h"
 #include "tiles.h"
 
 namespace halfweight {
 namespace {
 
-constexpr int kSlab = kHalfColumns;  // dimensions of a query, or keys of a weight, in a tile's row
+constexpr int kSlab = kHalfColumns;  // dimensions, or keys, in a tile's row
+constexpr int kTileValues = kTile * kSlab;
 
 // Tiles of one kilobyte each, in attention_floats(dim) floats.
 struct TileWorkspace {
-  uint16_t* query;   // [tile of rows][slab of D][16 rows][32]
-  uint16_t* keys;    // [tile of keys][slab of D][16 pairs of D][16 keys][2]
-  uint16_t* values;  // [slab of keys][16 of D][16 pairs of keys][16 of D][2]
-  float* sums;       // [64 rows][D]
-  float* scores;     // [64 rows][64 keys]; then bf16 weights in the first half of each row
-  TileWorkspace(float* memory, int dim) {
+  uint16_t* query;    // [tile of rows][slab of D][16 pairs of D][16 rows][2]
+  uint16_t* keys;     // [16 of keys][slab of D][16 keys][32]
+  uint16_t* values;   // [16 of D][slab of keys][16 of D][32]
+  uint16_t* weights;  // [slab of keys][16 pairs of keys][16 rows][2], of one tile of rows
+  float* sums;        // [tile of rows][D][16 rows]
+  float* scores;      // [64 keys][16 rows], of one tile of rows
+  int slabs, dims;    // of D: in 32 and in 16
+  TileWorkspace(float* memory, int dim) : slabs(dim / kSlab), dims(dim / kTile) {
     query = reinterpret_cast<uint16_t*>(memory);
-    keys = query + kKeys * dim, values = keys + kKeys * dim;
-    sums = reinterpret_cast<float*>(values + kKeys * dim);
-    scores = memory + 3 * kKeys * dim;
+    keys = query + kKeys * dim, values = keys + kKeys * dim, weights = values + kKeys * dim;
+    sums = reinterpret_cast<float*>(weights + kKeys * kTile);
+    scores = sums + kKeys * dim;
   }
 };
 
@@ -44,33 +50,39 @@ HW_INLINE void transpose(__m512i v[16]) {
   for (int i = 0; i < 16; ++i) v[i] = t[i];
 }
 
-// Rows of a cache are bf16, or small numbers that bf16 holds exactly: their factors multiply scores and weights.
+// 32 numbers of a cache's row. They are bf16, or small ones that bf16 holds exactly: their factors multiply scores and weights.
+template <class Row> HW_INLINE __m512i load_slab(const char* row, int d) {
+  if constexpr (std::is_same_v<Row, PlainRow>) return _mm512_loadu_si512(row + d * sizeof(uint16_t));
+  else return to_bf16(Row::load(row, d), Row::load(row, d + 16));
+}
 template <class Row> void load_keys(const char* cache, const Places& places, int dim, uint16_t* out) {
-  const int keys = places.keys;
+  const int keys = places.keys;  // behind the last one, the last one: it counts for nothing
   for (int first = 0; first < keys; first += kTile)
-    for (int d = 0; d < dim; d += kSlab, out += kTile * kSlab) {
-      __m512i rows[16];
-      for (int j = 0; j < kTile; ++j) {
-        const char* row = cache + places.at[first + j < keys ? first + j : keys - 1];
-        rows[j] = to_bf16(Row::load(row, d), Row::load(row, d + 16));
-      }
-      transpose(rows);
-      for (int p = 0; p < kTile; ++p) _mm512_store_si512(out + p * kSlab, rows[p]);
-    }
+    for (int d = 0; d < dim; d += kSlab)
+      for (int j = 0; j < kTile; ++j, out += kSlab) _mm512_store_si512(out, load_slab<Row>(cache + places.at[first + j < keys ? first + j : keys - 1], d));
 }
 template <class Row> void load_values(const char* cache, const Places& places, int dim, uint16_t* out) {
   const int keys = places.keys;
-  for (int first = 0; first < keys; first += kSlab, out += kSlab * dim)
-    for (int pair = 0; pair < kTile; ++pair) {
-      const int j = first + 2 * pair;
-      for (int d = 0; d < dim; d += kTile) {
-        const Float even = j < keys ? Row::load(cache + places.at[j], d) : Simd::fzero();
-        const Float odd = j + 1 < keys ? Row::load(cache + places.at[j + 1], d) : Simd::fzero();
-        const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, Simd::shr<16>(_mm512_castps_si512(even)), _mm512_castps_si512(odd));
-        _mm512_store_si512(out + d * kSlab + pair * kSlab, both);
+  for (int first = 0; first < keys; first += kSlab, out += kTileValues)
+    for (int d = 0; d < dim; d += kSlab) {
+      __m512i low[16], high[16];  // pairs of keys: dimensions 8 i to 8 i + 3, and those behind them, in 128 bits
+      for (int pair = 0; pair < kTile; ++pair) {
+        const int j = first + 2 * pair;
+        const __m512i even = j < keys ? load_slab<Row>(cache + places.at[j], d) : _mm512_setzero_si512();
+        const __m512i odd = j + 1 < keys ? load_slab<Row>(cache + places.at[j + 1], d) : _mm512_setzero_si512();
+        low[pair] = _mm512_unpacklo_epi16(even, odd), high[pair] = _mm512_unpackhi_epi16(even, odd);
+      }
+      transpose(low), transpose(high);
+      for (int i = 0; i < kTile; ++i) {
+        const int at = d + i / 4 * 8 + i % 4;
+        const auto row = [&](int dimension) { return out + dimension / kTile * 2 * kTileValues + dimension % kTile * kSlab; };
+        _mm512_store_si512(row(at), low[i]), _mm512_store_si512(row(at + 4), high[i]);
       }
     }
 }
+
+// A pair's bf16 numbers from two halves of a register into the halves of 16 lanes.
+alignas(64) constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 
 // sums [tiles * 16][columns] of a [tiles * 16][32 * depth] x b, tile by tile: `b` points at the first of `depth` tiles that are
 // `b_stride` values apart; `c` at 16 columns of rows `c_stride` bytes apart. New sums, or added to those there.
@@ -109,101 +121,146 @@ HW_INLINE void multiply_bf16(const uint16_t* a, int64_t a_tile, int64_t a_slab, 
   if (tiles > 3) _tile_stored(3, c + 3 * c_tile, c_stride);
 }
 
+// Scores of up to 64 keys and a tile of rows.
+HW_INLINE void score_tile(const TileWorkspace& w, int tile, int keys) {
+  multiply_bf16<false>(w.keys, w.slabs * kTileValues, kTileValues, 64, w.query + tile * w.slabs * kTileValues, kTileValues, w.slabs, (keys + kTile - 1) / kTile,
+                       reinterpret_cast<char*>(w.scores), 64);
+}
+// Adds to the sums of a tile of rows what `slabs` of keys weigh.
+HW_INLINE void add_tile(const TileWorkspace& w, int tile, int slabs) {
+  for (int d = 0; d < w.dims; d += 4)
+    multiply_bf16<true>(w.values + d * 2 * kTileValues, 2 * kTileValues, kTileValues, 64, w.weights, kTileValues, slabs, w.dims - d < 4 ? w.dims - d : 4,
+                        reinterpret_cast<char*>(w.sums + (tile * w.dims + d) * kTile * kTile), 64);
+}
+
 // 2^x, right to 3e-6 relative, for x from -150 up; NaN stays NaN.
 HW_INLINE Float exp2_fast(Float x) {
   const Float n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, n);
-  Float p = Simd::fset1(1.3333558e-3f);
-  constexpr float factors[] = {9.6181291e-3f, 5.5504109e-2f, 0.24022651f, 0.69314718f, 1};
+  Float p = Simd::fset1(9.57010222e-3f);
+  constexpr float factors[] = {0.0559178591f, 0.240247443f, 0.693121791f, 0.999999285f};
   for (const float factor : factors) p = Simd::fma(p, f, Simd::fset1(factor));
   return _mm512_scalef_ps(p, n);
 }
 
-// What a row knows of the keys before: the largest score, in units of log 2, and the sums of the weights lane by lane.
+// What the rows of a tile know of the keys before: the score that weights are taken relative to, and their total.
 struct RowState {
-  float largest[kKeys];
-  alignas(64) float total[kKeys][16];
+  alignas(64) float largest[kTile], total[kTile];
+  alignas(64) int32_t positions[kTile];
 };
+struct KeyBlock {
+  Places places;
+  int first = 0;
+  alignas(64) float key_factors[kKeys], value_factors[kKeys];
+};
+constexpr float kSlack = 8;  // how far a score may pass `largest`, as a power of two, before all is taken relative to it
 
-// Turns a row of scores into bf16 weights of the running softmax, in place; `visible` keys, at least one, count.
-template <bool scaled>
-HW_INLINE void weigh_row(float* scores, int visible, const float* key_factors, const float* value_factors, float* sums, int dim, RowState& state, int row) {
-  constexpr int parts = kKeys / 16;
-  Float x[parts];
-  __mmask16 seen[parts];
-  Float most = Simd::fset1(-INFINITY);
-  for (int i = 0; i < parts; ++i) {
-    const int left = visible - 16 * i;
-    seen[i] = left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1);
-    x[i] = Simd::mul(Simd::fload(scores + 16 * i), Simd::fload(key_factors + 16 * i));
-    most = _mm512_mask_max_ps(most, seen[i], x[i], most);
-  }
-  const float before = state.largest[row], found = _mm512_reduce_max_ps(most);
-  float largest = found > before ? found : before;
-  if (!(largest > -INFINITY)) largest = 0;  // only NaN or -inf so far: let them through
-  Float total = Simd::fload(state.total[row]);
-  if (largest != before) {
-    const Float keep = exp2_fast(_mm512_max_ps(Simd::fset1(-150), Simd::fset1(before - largest)));
+// Turns the scores of a tile of rows into bf16 weights of the running softmax. masked: not all keys count for all rows.
+template <bool scaled, bool masked>
+HW_INLINE void weigh_tile(const TileWorkspace& w, int tile, const KeyBlock& block, float factor, RowState& state) {
+  const float* scores = w.scores;
+  const Int positions = Simd::load(state.positions);
+  const auto score = [&](int j) {
+    const Float x = Simd::fload(scores + j * kTile);
+    return scaled ? Simd::mul(x, Simd::fset1(block.key_factors[j])) : x;
+  };
+  const auto seen = [&](int j) { return j < block.places.keys ? _mm512_cmpge_epi32_mask(positions, Simd::set1(static_cast<uint32_t>(block.first + j))) : __mmask16(0); };
+  Float most[4];  // the second operand of vmaxps is what NaN gives
+  for (Float& m : most) m = Simd::fset1(-INFINITY);
+  for (int j = 0; j < kKeys; j += 4)
+    for (int i = 0; i < 4; ++i) most[i] = masked ? _mm512_mask_max_ps(most[i], seen(j + i), score(j + i), most[i]) : Simd::fmax(score(j + i), most[i]);
+  const Float found = Simd::fmax(Simd::fmax(most[0], most[1]), Simd::fmax(most[2], most[3]));
+  Float largest = Simd::fload(state.largest), total = Simd::fload(state.total);
+  const Float factors = Simd::fset1(factor), least = Simd::fset1(-150);
+  const __mmask16 grown = _mm512_cmp_ps_mask(Simd::mul(Simd::fsub(found, largest), factors), Simd::fset1(kSlack), _CMP_GT_OQ);
+  if (grown) {
+    const Float before = largest, one = Simd::fset1(1);
+    largest = _mm512_mask_mov_ps(largest, grown, found);
+    const Float keep = _mm512_mask_mov_ps(one, grown, exp2_fast(Simd::fmax(least, Simd::mul(Simd::fsub(before, largest), factors))));
     total = Simd::mul(total, keep);
-    for (int d = 0; d < dim; d += 16) Simd::fstore(sums + d, Simd::mul(Simd::fload(sums + d), keep));
-    state.largest[row] = largest;
+    float* sums = w.sums + tile * w.dims * kTile * kTile;
+    for (int d = 0; d < w.dims * kTile; ++d) Simd::fstore(sums + d * kTile, Simd::mul(Simd::fload(sums + d * kTile), keep));
+    Simd::fstore(state.largest, largest);
   }
-  // The second operand of vmaxps is what NaN gives.
-  for (int i = 0; i < parts; ++i) {
-    const Float weight = exp2_fast(_mm512_max_ps(Simd::fset1(-150), _mm512_sub_ps(x[i], Simd::fset1(largest))));
-    x[i] = _mm512_maskz_mov_ps(seen[i], weight);
-    total = Simd::fadd(total, x[i]);
-    if constexpr (scaled) x[i] = Simd::mul(x[i], Simd::fload(value_factors + 16 * i));
+  // Only NaN or -inf so far: let them through.
+  const Float from = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(largest, Simd::fset1(-INFINITY), _CMP_GT_OQ), largest);
+  const Float minus = Simd::mul(from, Simd::fset1(-factor));
+  const __m512i interleave = _mm512_loadu_si512(kInterleave);
+  Float totals[2] = {total, Simd::fzero()};
+  uint16_t* weights = w.weights;
+  const auto weigh = [&](int j, Float& sum) {
+    Float weight = exp2_fast(Simd::fmax(least, Simd::fma(score(j), factors, minus)));
+    if (masked) weight = _mm512_maskz_mov_ps(seen(j), weight);
+    sum = Simd::fadd(sum, weight);
+    return scaled ? Simd::mul(weight, Simd::fset1(block.value_factors[j])) : weight;
+  };
+  for (int j = 0; j < kKeys; j += 2) {
+    const Float even = weigh(j, totals[0]), odd = weigh(j + 1, totals[1]);
+    _mm512_store_si512(weights + j * kTile, _mm512_permutexvar_epi16(interleave, to_bf16(even, odd)));
   }
-  Simd::fstore(state.total[row], total);
-  for (int i = 0; i < parts; i += 2) _mm512_store_si512(reinterpret_cast<uint16_t*>(scores) + 16 * i, to_bf16(x[i], x[i + 1]));
+  Simd::fstore(state.total, Simd::fadd(totals[0], totals[1]));
 }
 
 template <class Row> void attend_tiles_of(const Attention& a, const AttentionPart& part, float* memory, float* sums, float* largest, float* total) {
   const int dim = a.dim, heads = a.heads / a.kv_heads, rows = part.count * heads, tiles = (rows + kTile - 1) / kTile;
   const int queries = a.starts[part.sequence + 1] - a.starts[part.sequence];
   const int position = a.lengths[part.sequence] - queries + part.first;
+  const float factor = 1.44269504f * a.scale;
   const TileWorkspace w(memory, dim);
   configure_tiles(64);
   std::memset(w.sums, 0, static_cast<size_t>(tiles) * kTile * dim * sizeof(float));
-  RowState state;
+  RowState states[kKeys / kTile];
   for (int r = 0; r < tiles * kTile; ++r) {
-    state.largest[r] = -INFINITY;
-    Simd::fstore(state.total[r], Simd::fzero());
-    uint16_t* to = w.query + (r / kTile * dim * kTile + r % kTile * kSlab);
-    const int64_t token = a.starts[part.sequence] + part.first + r / heads;
-    const uint16_t* from = static_cast<const uint16_t*>(a.query) + token * a.query_stride + (part.kv_head * heads + r % heads) * dim;
-    for (int d = 0; d < dim; d += kSlab, to += kTile * kSlab)
-      _mm512_store_si512(to, r < rows ? _mm512_loadu_si512(from + d) : _mm512_setzero_si512());
+    RowState& state = states[r / kTile];
+    state.largest[r % kTile] = -INFINITY, state.total[r % kTile] = 0;
+    state.positions[r % kTile] = position + r / heads;
   }
+  for (int tile = 0; tile < tiles; ++tile)
+    for (int slab = 0; slab < w.slabs; ++slab) {
+      __m512i lines[16];
+      for (int i = 0; i < kTile; ++i) {
+        const int r = tile * kTile + i;
+        const int64_t token = a.starts[part.sequence] + part.first + r / heads;
+        const uint16_t* from = static_cast<const uint16_t*>(a.query) + token * a.query_stride + (part.kv_head * heads + r % heads) * dim;
+        lines[i] = r < rows ? _mm512_loadu_si512(from + slab * kSlab) : _mm512_setzero_si512();
+      }
+      transpose(lines);
+      uint16_t* to = w.query + (tile * w.slabs + slab) * kTileValues;
+      for (int i = 0; i < kTile; ++i) _mm512_store_si512(to + i * kSlab, lines[i]);
+    }
+
   for (int key = part.key_begin; key < part.key_end; key += kKeys) {
-    const Places places(a, part, key);
-    const int keys = places.keys;
-    for (int j = 0; j < keys; ++j) prefetch_row<Row>(a.keys, places, j, dim);
+    KeyBlock block;
+    block.places = Places(a, part, key), block.first = key;
+    const Places& places = block.places;
+    for (int j = 0; j < places.keys; ++j) prefetch_row<Row>(a.keys, places, j, dim);
+    if (Row::kScaled)
+      for (int j = 0; j < kKeys; ++j) {
+        const int64_t at = places.at[j < places.keys ? j : places.keys - 1];
+        block.key_factors[j] = Row::factor(a.keys + at, dim), block.value_factors[j] = Row::factor(a.values + at, dim);
+      }
     load_keys<Row>(a.keys, places, dim, w.keys);
-    for (int j = 0; j < keys; ++j) prefetch_row<Row>(a.values, places, j, dim);
-    for (int tile = 0; tile < (keys + kTile - 1) / kTile; ++tile)
-      multiply_bf16<false>(w.query, kTile * dim, kTile * kSlab, 2 * kSlab, w.keys + tile * kTile * dim, kTile * kSlab, dim / kSlab, tiles,
-                           reinterpret_cast<char*>(w.scores + tile * kTile), kKeys * sizeof(float));
-    alignas(64) float key_factors[kKeys], value_factors[kKeys];
-    for (int j = 0; j < kKeys; ++j) {
-      const int64_t at = places.at[j < keys ? j : keys - 1];
-      key_factors[j] = 1.44269504f * a.scale * Row::factor(a.keys + at, dim), value_factors[j] = Row::factor(a.values + at, dim);
-    }
-    for (int r = 0; r < tiles * kTile; ++r) {
-      float* scores = w.scores + r * kKeys;
-      const int before = r < rows ? position + r / heads + 1 - key : 0;
-      const int visible = before < 0 ? 0 : before < keys ? before : keys;
-      if (visible == 0) std::memset(scores, 0, kKeys * sizeof(uint16_t));
-      else weigh_row<Row::kScaled>(scores, visible, key_factors, value_factors, w.sums + r * dim, dim, state, r);
-    }
+    for (int j = 0; j < places.keys; ++j) prefetch_row<Row>(a.values, places, j, dim);
     load_values<Row>(a.values, places, dim, w.values);
-    for (int d = 0; d < dim; d += kTile)
-      multiply_bf16<true>(reinterpret_cast<uint16_t*>(w.scores), kTile * 2 * kKeys, kSlab, kKeys * sizeof(float), w.values + d * kSlab, kSlab * dim,
-                          (keys + kSlab - 1) / kSlab, tiles, reinterpret_cast<char*>(w.sums + d), static_cast<int64_t>(dim) * sizeof(float));
+    for (int tile = 0; tile < tiles; ++tile) {
+      RowState& state = states[tile];
+      if (key > state.positions[kTile - 1]) continue;
+      score_tile(w, tile, places.keys);
+      const bool masked = places.keys < kKeys || key + kKeys - 1 > state.positions[0];
+      if (masked) weigh_tile<Row::kScaled, true>(w, tile, block, factor, state);
+      else weigh_tile<Row::kScaled, false>(w, tile, block, factor, state);
+      add_tile(w, tile, (places.keys + kSlab - 1) / kSlab);
+    }
   }
   _tile_release();
-  for (int r = 0; r < rows; ++r) largest[r] = state.largest[r] * 0.69314718f, total[r] = Simd::reduce_add(Simd::fload(state.total[r]));
-  std::memcpy(sums, w.sums, static_cast<size_t>(rows) * dim * sizeof(float));
+
+  for (int r = 0; r < rows; ++r) largest[r] = states[r / kTile].largest[r % kTile] * a.scale, total[r] = states[r / kTile].total[r % kTile];
+  for (int tile = 0; tile < tiles; ++tile)
+    for (int dims = 0; dims < w.dims; ++dims) {
+      __m512i lines[16];
+      for (int i = 0; i < kTile; ++i) lines[i] = _mm512_load_si512(w.sums + ((tile * w.dims + dims) * kTile + i) * kTile);
+      transpose(lines);
+      for (int i = 0; i < kTile && tile * kTile + i < rows; ++i) _mm512_storeu_si512(sums + static_cast<int64_t>(tile * kTile + i) * dim + dims * kTile, lines[i]);
+    }
 }
 
 void attend_tiles(const Attention& a, const AttentionPart& part, const AttentionPart* next, float* memory, float* sums, float* largest, float* total) {

@@ -201,6 +201,7 @@ void configure_tiles(int columns) {
     std::memcpy(config + 16 + 2 * t, &bytes, 2);
     config[48 + t] = static_cast<uint8_t>(t >= 6 ? columns / 4 : kTile);
   }
+  __asm__ volatile("" : : "r"(config) : "memory");  // GCC's load says that it reads eight bytes: the others might not be written
   _tile_loadconfig(config);
 }
 
