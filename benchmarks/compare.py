@@ -71,6 +71,8 @@ def compare(
     """
     if models[0].compressed:
         raise ValueError(f"{models[0].folder} is compressed; the first folder is the dense model: compare DENSE OUT")
+    if quality.text != "heldout" and not Path(quality.text).is_file():  # before the rounds, not after
+        raise ValueError(f"text {quality.text!r} is not a file; give a UTF-8 text file, or heldout")
     speeds = measure_speed(models, speed, rounds)
     losses = measure_quality(models, quality)
     rows = make_rows(models, speeds, losses, speed, quality)

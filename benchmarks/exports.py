@@ -3,13 +3,14 @@
 The consumer reads held-out text, token by token given (teacher-forced), and says after every token what it thinks comes
 next. The share of places where both exports say the same is the agreement; 99 % counts as the same tokens. Consumers
 live in environments of their own and are named by their Python, llama.cpp by the folder of its programs; those not
-named are left out. A row that the record holds already is not measured again.
+named are left out. A row that the record holds already, of the same checkpoint, is not measured again.
 
 llama.cpp compares by itself (`llama-perplexity --kl-divergence`): it scores the second half of every window.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -58,12 +59,16 @@ def main(argv: Sequence[str]) -> int:
     options = flags.parse_args(list(argv))
     rows = read_record(options.json, "exports")["rows"] if options.json and options.json.is_file() else []
     for model in describe_all(options.models):
+        checkpoint = checkpoint_hash(model.folder)
         for consumer, targets in CONSUMERS.items():
             program = getattr(options, consumer.partition(",")[0].replace(".", "_"))
             for target in targets if program else ():
                 wanted = {"model": model.label, "storage": model.storage, "consumer": consumer, "export": target}
-                if any(wanted.items() <= row.items() for row in rows):
+                if any(
+                    wanted.items() <= row.items() and row.get("checkpoint", checkpoint) == checkpoint for row in rows
+                ):
                     continue
+                wanted["checkpoint"] = checkpoint
                 try:
                     rows.append(wanted | measure(model.folder, consumer, target, str(program), options.work))
                 except OSError as error:  # a consumer that does not take this kind must not cost the other rows
@@ -76,10 +81,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _write(file: Path | None, argv: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the record; the headline counts the consumers' layouts that said the same tokens."""
-    agreed = {(row["consumer"], row["export"]) for row in rows if row.get("agreement", 0.0) >= SAME}
     if file:
-        write_record(file, make_record("exports", argv, rows, {"exports_same_tokens": len(agreed)}))
+        write_record(file, make_record("exports", argv, rows, summarise(rows)))
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The headline: how many of the consumers' layouts said the same tokens for every model measured in them."""
+    worst: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if "agreement" in row:
+            pair = row["consumer"], row["export"]
+            worst[pair] = min(row["agreement"], worst.get(pair, 1.0))
+    return {"exports_same_tokens": sum(agreement >= SAME for agreement in worst.values())}
 
 
 def _sentence(row: Mapping[str, Any]) -> str:
@@ -116,11 +129,24 @@ def measure(folder: Path, consumer: str, target: str, program: str, work: Path) 
     }
 
 
+def checkpoint_hash(folder: Path) -> str:
+    """Tells checkpoints apart: of the manifest, which holds every file's hash; else of the config and files' sizes."""
+    from compressor.checkpoint import MANIFEST
+
+    manifest = folder / MANIFEST
+    if manifest.is_file():
+        told = manifest.read_bytes()
+    else:
+        sizes = sorted((file.name, file.stat().st_size) for file in folder.iterdir() if file.is_file())
+        told = (folder / "config.json").read_bytes() + json.dumps(sizes).encode()
+    return hashlib.sha256(told).hexdigest()[:12]
+
+
 def _exported(folder: Path, target: str, work: Path) -> Path:
-    """The export of a folder, made once."""
+    """The export of a folder, made once for each checkpoint that lies there."""
     from compressor.exports import export_checkpoint
 
-    out = work / f"{folder.parent.name}-{folder.name}-{target}"
+    out = work / f"{folder.parent.name}-{folder.name}-{target}-{checkpoint_hash(folder)}"
     if not (out / "config.json").is_file():
         export_checkpoint(folder, target, out)
     return out
@@ -144,11 +170,13 @@ def _predictions(consumer: str, python: str, model: Path, work: Path) -> list[li
     if not out.is_file():
         windows = work / "windows.json"
         windows.write_text(json.dumps(_windows(model, work)[0]))
-        command = [python, str(script), str(model), str(windows), str(out)]
+        part = out.with_name(f".{out.name}.part")
+        command = [python, str(script), str(model), str(windows), str(part)]
         settings = os.environ | SETTINGS.get(consumer, {})
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
         if done.returncode:
             raise OSError(f"{script.name} failed on {model.name}: {(done.stderr or done.stdout)[-2000:]}")
+        part.replace(out)
     found: list[list[int]] = json.loads(out.read_text())
     return found
 
@@ -158,10 +186,12 @@ def _llama_agreement(model: Path, dense: Path, programs: Path, work: Path) -> tu
     text, base = work / "text.txt", work / f"{dense.name}.logits"
     text.write_text(_windows(model, work)[1])
     # Without --no-repack, llama.cpp crashes on its own Q4_0 files too where the processor has AMX (build of 2026-11).
-    shared = ["-f", str(text), "-c", str(_WINDOW), "-t", "2", "--no-repack", "--kl-divergence-base", str(base)]
+    shared = ["-f", str(text), "-c", str(_WINDOW), "-t", "2", "--no-repack", "--kl-divergence-base"]
     if not base.is_file():
-        _llama(programs, "-m", str(dense / "model.gguf"), *shared)
-    said = _llama(programs, "-m", str(model / "model.gguf"), *shared, "--kl-divergence")
+        part = base.with_name(f".{base.name}.part")
+        _llama(programs, "-m", str(dense / "model.gguf"), *shared, str(part))
+        part.replace(base)
+    said = _llama(programs, "-m", str(model / "model.gguf"), *shared, str(base), "--kl-divergence")
     share = re.search(r"Same top p:\s*([\d.]+)", said)
     chunks = re.findall(r"^\s*(\d+)\s+[-\d.]+", said, flags=re.MULTILINE)
     if share is None:

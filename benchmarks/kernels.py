@@ -3,7 +3,7 @@
 A measurement is one pass through the linears of a transformer's layers (q/k/v and gate/up fused, as they are served).
 At small batches the layers make 1 GB of distinct weights, more than any cache holds; SmolLM2's 30 layers fit the cache
 and are measured there. Arms take turns, round after round, and a figure is the median of its rounds; the machine's read
-bandwidth and multiply rates are measured first and again with every batch, so that a noisy machine shows.
+bandwidth and multiply rates are measured first.
 """
 
 from __future__ import annotations
@@ -151,10 +151,14 @@ def measure(
     rounds: int,
     rates: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """One row an arm: the arms in turn, `rounds` times after one that does not count; medians."""
+    """One row an arm: medians of `rounds` turns after a round that does not count.
+
+    Every other round goes backwards, and a turn begins with a pass that does not count (see throughput.measure).
+    """
     times: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for turn in range(rounds + 1):
-        for arm in arms:
+        for arm in arms if turn % 2 else arms[::-1]:
+            arm.seconds(batch, layers)
             seconds = arm.seconds(batch, layers)
             if turn:
                 times[arm.name].append(seconds)

@@ -29,14 +29,15 @@ class Item:
 
 def last_word_items(tokenizer: Any, limit: int) -> list[Item]:
     """At most two items of a document, so that no document outweighs others."""
-    from compressor.data import NAMED
+    from compressor.data import NAMED, opening_of
 
     items: list[Item] = []
+    opening = opening_of(tokenizer)
     for document in NAMED["heldout"]()[0]:
         for context, word in _pairs(document)[:2]:
             ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, context + " " + word)]
             if ids[1][: len(ids[0])] == ids[0] and len(ids[1]) > len(ids[0]):
-                items.append(Item(ids[0], ids[1][len(ids[0]) :]))
+                items.append(Item(opening + ids[0], ids[1][len(ids[0]) :]))
     return items[:limit]
 
 

@@ -22,7 +22,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.pst_arms import DISTILLED, METHODS, PATTERNS, SCORES, WRITING, PstArm, arms, as_chosen, grid
-from benchmarks.record import make_record, parser, recorded_rows, stamp, take_in_recorded, write_record
+from benchmarks.record import (
+    alone,
+    check_settings,
+    make_record,
+    parser,
+    recorded_rows,
+    stamp,
+    take_in_recorded,
+    write_record,
+)
 
 _QUICK_EXAMPLES = 256
 _WRITING_EXAMPLES, _WRITING_EPOCHS = 2000, 3.0
@@ -52,8 +61,9 @@ def main(argv: Sequence[str]) -> int:
     options = flags.parse_args(list(argv))
     if options.quick:
         options.examples, options.test, options.epochs, options.seeds = _QUICK_EXAMPLES, _QUICK_EXAMPLES, 1.0, 1
-    rows = recorded_rows(options.json, "pst")
     _check(options)
+    check_settings(options.json, "pst", _settings(options))
+    rows = recorded_rows(options.json, "pst")
     for jobs in _wanted(options):  # the grid first: it decides on what follows
         missing = [(kind, arm) for label, kind, arm in jobs if label not in {row["arm"] for row in rows}]
         dense = as_chosen(PstArm("dense", "none", 0), rows)
@@ -74,9 +84,14 @@ _STARTED = time.monotonic()
 
 def _write(options: Any, argv: Sequence[str], rows: list[dict[str, Any]]) -> None:
     if options.json:
-        take_in_recorded(rows, options.json, "pst")
-        settings = {"examples": options.examples, "epochs": options.epochs}
-        write_record(options.json, make_record("pst", argv, rows, headline(rows), settings=settings))
+        with alone(options.json):
+            take_in_recorded(rows, options.json, "pst")
+            write_record(options.json, make_record("pst", argv, rows, headline(rows), settings=_settings(options)))
+
+
+def _settings(options: Any) -> dict[str, Any]:
+    models = {"encoder": Path(options.encoder).name, "model": Path(options.model).name}
+    return {"examples": options.examples, "epochs": options.epochs, "test": options.test, **models}
 
 
 def _check(options: Any) -> None:
@@ -262,7 +277,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """PST over movement at its worst mask shape, over dense at 2:4, and what it costs."""
     result: dict[str, float] = {}
     found = [points for pattern in PATTERNS if (points := comparison(rows, "pst", "movement", pattern))]
-    if found:
+    if len(found) == len(PATTERNS):
         result["pst_vs_movement_accuracy_points"] = min(points[0] for points in found)
     for key, method in (("pst24", DISTILLED), ("pst24_from_the_encoder", "pst")):
         if dense := comparison(rows, method, "dense", "2:4"):

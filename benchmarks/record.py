@@ -8,13 +8,16 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
 import platform
 import shlex
+import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,7 @@ def make_record(
         "command": shlex.join(["python", "-m", "benchmarks", name, *map(_public, argv)]),
         "machine": machine(),
         "versions": versions(),
+        "commit": commit(),
         **more,
         "rows": list(rows),
         "headline": dict(headline),
@@ -78,7 +82,7 @@ def finish(
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Writes the record so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     part.replace(path)
 
@@ -100,9 +104,38 @@ def recorded_rows(path: Path | None, name: str) -> list[dict[str, Any]]:
 
 
 def take_in_recorded(rows: list[dict[str, Any]], path: Path, name: str) -> None:
-    """Appends to `rows` those by whose `arm` another run of the benchmark has added to the record meanwhile."""
-    known = {row["arm"] for row in rows}
-    rows += [row for row in recorded_rows(path, name) if row["arm"] not in known]
+    """Adds to `rows` what another run has written to the record meanwhile: whole rows, and figures that ours lack."""
+    known = {row["arm"]: row for row in rows}
+    for row in recorded_rows(path, name):
+        if row["arm"] not in known:
+            rows.append(row)
+            continue
+        own = known[row["arm"]]
+        for key, value in row.items():
+            own.setdefault(key, value)
+
+
+@contextmanager
+def alone(path: Path | None) -> Iterator[None]:
+    """Inside, no other process that asks too writes the record: from its reading to its replacement."""
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def check_settings(path: Path | None, name: str, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError where the rows of a record were made with other settings: they are not to be compared."""
+    recorded = read_record(path, name).get("settings", {}) if path and path.is_file() else {}
+    other = [f"{key} {recorded[key]!r}" for key in settings if key in recorded and recorded[key] != settings[key]]
+    if other:
+        raise ValueError(f"{path} holds rows made with {', '.join(other)}; give another file")
 
 
 def stamp() -> dict[str, dict[str, Any]]:
@@ -133,6 +166,21 @@ def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     own = {"python": platform.python_version(), "halfweight": __version__}
     return own | {package: version(package) for package in PACKAGES}
+
+
+def commit() -> str | None:
+    """The commit that runs, with a + where files differ from it; None outside of a clone."""
+    folder = Path(__file__).parent
+    with suppress(OSError, subprocess.CalledProcessError):
+        said = [
+            subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (
+                ("rev-parse", "--short=12", "HEAD"),
+                ("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.cpp", "*.h"),
+            )
+        ]
+        return said[0] + ("+" if said[1] else "")
+    return None
 
 
 def machine() -> dict[str, Any]:

@@ -8,6 +8,7 @@ once: perplexity of held-out texts in windows, by transformers in bf16 on the un
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
@@ -22,7 +23,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import make_record, parser, recorded_rows, stamp, take_in_recorded, write_record
+from benchmarks.record import (
+    alone,
+    check_settings,
+    make_record,
+    parser,
+    recorded_rows,
+    stamp,
+    take_in_recorded,
+    write_record,
+)
 from benchmarks.retraining_arms import BUDGETS, Arm, ablation_arms, arms_of, one_shot_arms
 from benchmarks.zero_shot import check_tasks
 
@@ -51,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
     options.tokens = options.tokens or (_QUICK_TOKENS if options.quick else _TOKENS)
     if options.zero_shot:
         check_tasks(options.zero_shot)  # before the hours of making, not after
+    check_settings(options.json, "retraining", _settings(options))
     rows = recorded_rows(options.json, "retraining")
     bench = Bench(options)
     bench.add_dense(rows)
@@ -81,6 +92,7 @@ def fill(rows: list[dict[str, Any]], table: Sequence[Arm], bench: Bench, write: 
             running[arm.base].result()
         if late():
             return
+        check_recipe(rows, arm)
         if not any(row["arm"] == arm.label for row in rows):
             made = bench.made(arm)
             with lock:
@@ -125,11 +137,17 @@ def _wanted(options: Any) -> list[Arm]:
     return arms
 
 
+def _settings(options: Any) -> dict[str, Any]:
+    return {"tokens": options.tokens, "model": Path(options.model).name, "budgets": BUDGETS}
+
+
 def _write(options: Any, argv: Sequence[str], rows: list[dict[str, Any]]) -> None:
     if options.json:
-        take_in_recorded(rows, options.json, "retraining")
-        settings = {"tokens": options.tokens, "model": Path(options.model).name, "budgets": BUDGETS}
-        write_record(options.json, make_record("retraining", argv, rows, headline(rows), settings=settings))
+        with alone(options.json):
+            take_in_recorded(rows, options.json, "retraining")
+            write_record(
+                options.json, make_record("retraining", argv, rows, headline(rows), settings=_settings(options))
+            )
 
 
 class Bench:
@@ -175,7 +193,12 @@ class Bench:
             job = {"model": str(self._base(arm)), "recipe": recipe, "out": str(out), "result": str(result)}
             self._child(arm.label, job)
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-        figures = json.loads(result.read_text())
+        figures = {"recipe": digest(arm), **json.loads(result.read_text())}
+        if figures["recipe"] != digest(arm):
+            raise ValueError(
+                f"{out} was made by another recipe than {arm.label} is now; delete it, or give another --work"
+            )
+        result.write_text(json.dumps(figures))
         return {"arm": arm.label, "method": arm.method, "tokens": arm.tokens, "bytes": size, **figures}
 
     def measured(self, label: str) -> dict[str, Any]:
@@ -221,6 +244,18 @@ class Bench:
                 raise ValueError(f"{label} could not be made or measured: {log.read_text().strip().splitlines()[-1]}")
 
 
+def digest(arm: Arm) -> str:
+    """Of the recipe that an arm is."""
+    return hashlib.sha256(json.dumps(arm.recipe, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def check_recipe(rows: Sequence[Mapping[str, Any]], arm: Arm) -> None:
+    """Raises ValueError where an arm's row was made by another recipe; a row that does not say is taken as it is."""
+    row = next((row for row in rows if row["arm"] == arm.label), {})
+    if row.get("recipe", digest(arm)) != digest(arm):
+        raise ValueError(f"the row {arm.label!r} was made by another recipe than it is now: give it another name there")
+
+
 def _is_published(label: str, budget: str) -> bool:
     return label.startswith(_PUBLISHED) and label.endswith(f"@ {budget}")
 
@@ -248,10 +283,16 @@ def headline(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Remaining gaps to dense in log-perplexity, ours over the published recipe's; the ablation's losses; cost."""
     result: dict[str, float] = {}
     dense = best(rows, "dense", 0)
-    texts = ("heldout", "wikitext")
+    texts, increases = ("heldout", "wikitext"), []
     for budget, tokens in BUDGETS.items():
         ours, theirs = best(rows, _OURS, tokens), best(rows, _PUBLISHED, tokens)
-        if dense is None or ours is None or theirs is None or not _are_measured(ours, theirs):
+        packed = best(rows, "ours int4", tokens)
+        if dense is None or ours is None or not _are_measured(ours):
+            continue
+        if packed is not None and _are_measured(packed):
+            increases += [math.exp(packed[f"log_ppl {text}"] - ours[f"log_ppl {text}"]) - 1 for text in texts if
+                          f"log_ppl {text}" in dense]  # fmt: skip
+        if theirs is None or not _are_measured(theirs):
             continue
         ratios = [
             (ours[f"log_ppl {text}"] - dense[f"log_ppl {text}"])
@@ -260,11 +301,8 @@ def headline(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
             if f"log_ppl {text}" in dense
         ]
         result[f"log_ppl_gap_vs_paper_{budget}"] = max(ratios)
-        packed = best(rows, "ours int4", tokens)
-        if packed is not None and _are_measured(packed):
-            increases = [math.exp(packed[f"log_ppl {text}"] - ours[f"log_ppl {text}"]) - 1 for text in texts if
-                         f"log_ppl {text}" in dense]  # fmt: skip
-            result["int4_ppl_increase"] = max(increases)
+    if increases:
+        result["int4_ppl_increase"] = max(increases)  # of all budgets and texts
     full = next((row for row in rows if row["arm"] == "ablation: full"), None)
     for key in ("no distillation", "fixed mask", "constant decay"):
         row = next((row for row in rows if row["arm"] == f"ablation: {key}"), None)

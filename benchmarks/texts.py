@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.data import load_text
+from compressor.data import load_text, opening_of
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,16 @@ def read_windows(source: str, tokenizer: Any, *, window: int, max_tokens: int | 
     Raises:
         ValueError: no such text, or less text than one window.
     """
-    opening = bos(tokenizer)
+    opening = opening_of(tokenizer)
     length = window - len(opening)
     if length < 2:
         raise ValueError(f"a window of {window} tokens given; at least {2 + len(opening)} are needed")
     if source == "heldout":
-        tokens = load_text(source, tokenizer, length=length, max_tokens=max_tokens).blocks
-        name = "held-out C4"
-    else:
-        tokens = file_blocks(Path(source), tokenizer, length, max_tokens, wikitext)
-        name = f"{Path(source).name}{', detokenised' if wikitext else ''}"
+        blocks = load_text(source, tokenizer, length=window, max_tokens=max_tokens).blocks  # with their opening
+        return Windows(blocks, "held-out C4", bool(opening))
+    tokens = file_blocks(Path(source), tokenizer, length, max_tokens, wikitext)
     head = torch.tensor(opening, dtype=tokens.dtype).expand(len(tokens), len(opening))
+    name = f"{Path(source).name}{', detokenised' if wikitext else ''}"
     return Windows(torch.cat([head, tokens], dim=1), name, bool(opening))
 
 
@@ -81,9 +80,3 @@ def file_blocks(path: Path, tokenizer: Any, length: int, max_tokens: int | None,
     if count == 0:
         raise ValueError(f"text {path} has {len(ids)} tokens, fewer than one window of {length}: give more text")
     return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
-
-
-def bos(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer itself puts before a text, if it does."""
-    ids = tokenizer("a").input_ids
-    return [ids[0]] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []

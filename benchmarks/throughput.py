@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
     """Loads the arms, measures in turn, prints the table, writes the record."""
     options = flags().parse_args(list(argv))
     rounds = 2 if options.quick else options.rounds
+    if options.one_b and not (options.one_b / "config.json").is_file():  # before the small model's rounds, not after
+        raise ValueError(f"--one-b {options.one_b} is no folder that `compress` made")
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         python = find_python(options.llama_python)

@@ -1,10 +1,14 @@
-"""`python -m benchmarks serving OUT --runtime vllm`: compressed against dense bf16 and stock int4, all in vLLM itself.
+"""`python -m benchmarks serving OUT --runtime vllm`: compressed against dense and stock int4, all in vLLM itself.
 
 The arms are vLLM's own servers with the same flags, started by our launcher; only the folder differs. They run side by
-side, sharing a GPU where there is one, and are asked in turn, the idle ones waiting. A row is written as soon as it is
-measured and not measured again, so the command may be interrupted and repeated. `linears` rows come from a process that
-times every linear of a decode step, for where vLLM's own time per step hides them. The `quality` row holds the losses
-of the same windows of held-out text in vLLM and in the embedded runtime.
+side, sharing a GPU where there is one, and are asked in turn, the idle ones waiting. Dense is bf16, and float32 too (by
+`--dtype`) where the processor does not multiply bf16, for it is faster there.
+
+The rows of a ratio are a group, which is written as soon as it is measured and not measured again, so the command may
+be interrupted and repeated; a group that lacks an arm is measured again as a whole, in place of its old rows. `linears`
+rows come from a process that times every linear of a decode step, for where vLLM's own time per step hides them; dense
+is bf16 alone there. The `quality` row holds the losses of the same windows of held-out text in vLLM and in the embedded
+runtime.
 """
 
 from __future__ import annotations
@@ -26,9 +30,10 @@ import torch
 
 from benchmarks.measure import QualitySettings, in_own_process
 from benchmarks.record import make_record, read_record, write_record
-from benchmarks.serving import STREAMS, Server, measure
+from benchmarks.serving import STREAMS, VLLM_FLOAT32, Server, measure, peers
 
 PACKED, DENSE, INT4 = "vLLM + halfweight", "vLLM dense bf16", "vLLM stock int4"
+FLOAT32 = "vLLM dense float32"
 SMALL, LARGE = "SmolLM2-135M", "TinyLlama-1.1B"
 _CONSUMERS = Path(__file__).parent / "consumers"
 _SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -59,15 +64,33 @@ def main(options: argparse.Namespace, argv: Sequence[str]) -> int:
     }
     if options.one_b:
         models[LARGE] = ({PACKED: options.one_b, DENSE: options.one_b_dense, INT4: options.one_b_int4}, (1,))
+    float32 = wants_float32(options)
     for model, (given, streams) in models.items():
+        if float32:
+            given[FLOAT32] = given[DENSE]
         arms = {name: folder for name, folder in given.items() if folder is not None}
         for group in missing(rows, model, arms, streams, options.vllm_python, rounds):
-            rows += group
+            replace_group(rows, group)
             _write(options.json, argv, rows)
     headline = summarise(rows)
     for key, value in headline.items():
         print(f"{key:34} {value:.3f}")
     return 0
+
+
+def wants_float32(options: argparse.Namespace) -> bool:
+    """Whether dense float32 is an arm: where `peers` asks vLLM for it, unless a GPU computes."""
+    return not torch.cuda.is_available() and VLLM_FLOAT32 in {peer.name for peer in peers(options)}
+
+
+def replace_group(rows: Rows, group: Rows) -> None:
+    """Puts a group in place of its rows of earlier sessions, those of arms that are not given now too."""
+
+    def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row["model"], row["kind"], row.get("streams")
+
+    new = {place(row) for row in group}
+    rows[:] = [row for row in rows if place(row) not in new] + group
 
 
 def _leave(*_: object) -> None:
@@ -80,14 +103,14 @@ def _write(file: Path | None, argv: Sequence[str], rows: Rows) -> None:
 
 
 def missing(rows: Rows, model: str, arms: Mapping[str, Path], streams: Sequence[int], python: str, rounds: int) -> Any:
-    """Yields the groups of rows that the record lacks; the servers of a model start only where one does."""
+    """Yields the groups that the record lacks a row of, whole; the servers of a model start only where it does."""
 
     def has(name: str, **wanted: Any) -> bool:
         return any((wanted | {"model": model, "server": name}).items() <= row.items() for row in rows)
 
-    for name, folder in arms.items():
-        if not has(name, kind="linears"):
-            yield [linears(model, name, folder, python)]
+    timed = {name: folder for name, folder in arms.items() if name != FLOAT32}  # the script takes the folder's dtype
+    if not all(has(name, kind="linears") for name in timed):
+        yield [linears(model, name, folder, python) for name, folder in timed.items()]
     if model == SMALL and not has(PACKED, kind="quality"):
         yield [quality(model, arms[PACKED], python)]
     wanted = [count for count in streams if not all(has(name, kind="streams", streams=count) for name in arms)]
@@ -106,6 +129,8 @@ def server(name: str, folder: Path, python: str, arms: int) -> Server:
     """vLLM's server for a folder, with the flags that all arms share, and its part of the memory of a GPU."""
     sizes = ["--max-model-len", "2048", "--max-num-seqs", str(max(STREAMS)), "--no-prefix-caching"]
     command = [python, "-m", "serve", str(folder.resolve()), "--runtime", "vllm", "--port", "{port}", *sizes]
+    if name == FLOAT32:
+        command += ["--dtype", "float32"]
     if torch.cuda.is_available():
         command += ["--", "--gpu-memory-utilization", f"{_MEMORY / arms:.2f}"]
     return Server(name, command, _SETTINGS)
@@ -172,14 +197,18 @@ def consume(python: str, script: str, folder: Path, *extra: object, windows: Any
 
 
 def summarise(rows: Rows) -> dict[str, float]:
-    """The headline: ratios of medians; what was not measured is left out."""
+    """The headline: ratios of medians; what was not measured is left out.
+
+    The dense of a ratio is the faster one of its group; in `linears` rows, which have no float32, that is bf16.
+    """
     found: dict[str, float] = {}
 
     def ratio(key: str, field: str, over: str, *, inverse: bool = False, **wanted: Any) -> None:
-        ours, theirs = (
-            next((row[field] for row in rows if (wanted | {"server": name}).items() <= row.items()), None)
-            for name in (PACKED, over)
-        )
+        measured = {row["server"]: row[field] for row in rows if wanted.items() <= row.items()}
+        better = max if field == "tokens_per_s" else min
+        ours = measured.get(PACKED)
+        names = (DENSE, FLOAT32) if over == DENSE else (over,)
+        theirs = better((measured[name] for name in names if name in measured), default=None)
         if ours and theirs:
             found[key] = theirs / ours if inverse else ours / theirs
 

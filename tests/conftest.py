@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,7 +13,29 @@ import pytest
 import torch
 
 from compressor import kernels
+from compressor.machine import cache_folder
 from tests.tiny import make_tiny_model
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For child processes too. Downloads are the user's, and stay."""
+    own, users = tmp_path_factory.mktemp("cache"), cache_folder().absolute()
+    for name in ("packages", "archives"):
+        (users / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(users / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HALFWEIGHT_CACHE", str(own))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Those that a test sets are its own."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

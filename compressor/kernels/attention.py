@@ -17,12 +17,19 @@ from compressor.kernels import loading
 
 FACTOR_BYTES = 4
 FP8 = torch.float8_e4m3fn
+_LARGEST_HEAD, _MOST_SHARING = 512, 64
+"""What csrc/attention_operator.cpp takes: values of a head, query heads of a kv head."""
 
 
 def cache_dtype_of(name: str) -> torch.dtype:
     """The dtype of a cache by its name: `fp8`, or torch's own."""
     found: torch.dtype = FP8 if name == "fp8" else getattr(torch, name)
     return found
+
+
+def takes(heads: int, kv_heads: int, dim: int) -> bool:
+    """Whether the compiled attention knows heads of this size, so many to a kv head."""
+    return dim % 16 == 0 and dim <= _LARGEST_HEAD and heads <= _MOST_SHARING * kv_heads
 
 
 def row_bytes(dim: int, dtype: torch.dtype) -> int:
@@ -72,7 +79,7 @@ def paged_attention(
         context_lens: [S] int32, tokens in the cache, this step's included.
         scale: factor of the scores, usually D ** -0.5.
     """
-    if loading.LIBRARY is not None and query.shape[2] % 16 == 0:
+    if loading.LIBRARY is not None and takes(query.shape[1], k_cache.shape[2], query.shape[2]):
         return torch.ops.halfweight.paged_attention(
             query, k_cache, v_cache, block_tables, query_start, context_lens, scale
         )

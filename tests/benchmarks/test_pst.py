@@ -100,6 +100,8 @@ def test_headline_takes_the_worst_mask_shape_against_movement() -> None:
         row("pst", "2:4", 0, answers(0.80, 4), **cost),
         row(DISTILLED, "2:4", 0, better, **cost),
         row("movement", "2:4", 0, answers(0.70, 5), **full),
+        row("pst", "50%", 0, answers(0.80, 4), **cost),
+        row("movement", "50%", 0, answers(0.70, 5), **full),
         row("pst", "90%", 0, answers(0.60, 6), **cost),
         row("movement", "90%", 0, answers(0.65, 7), **full),
         {"arm": "correlation", "kind": "cost", "figures": {"score_rank_correlation": 0.5}},
@@ -114,6 +116,8 @@ def test_headline_takes_the_worst_mask_shape_against_movement() -> None:
     assert found["pst24_vs_dense_accuracy_points"] == pytest.approx(2.0)
     assert found["trained_parameters_vs_movement"] == pytest.approx(0.1)
     assert found["score_rank_correlation"] == 0.5
+    fewer = [entry for entry in rows if entry.get("pattern") != "50%"]
+    assert "pst_vs_movement_accuracy_points" not in headline(fewer), "the worst of some shapes is not the worst"
 
 
 def test_share_of_bert_base_counts_the_head() -> None:
@@ -122,10 +126,10 @@ def test_share_of_bert_base_counts_the_head() -> None:
 
 def test_rows_of_another_run_are_taken_in(tmp_path: Path) -> None:
     file = tmp_path / "pst.json"
-    file.write_text(json.dumps({"name": "pst", "rows": [{"arm": "a", "x": 1}, {"arm": "b"}]}))
+    file.write_text(json.dumps({"name": "pst", "rows": [{"arm": "a", "x": 1, "measured": 3}, {"arm": "b"}]}))
     rows = [{"arm": "a", "x": 2}]
     take_in_recorded(rows, file, "pst")
-    assert rows == [{"arm": "a", "x": 2}, {"arm": "b"}]
+    assert rows == [{"arm": "a", "x": 2, "measured": 3}, {"arm": "b"}]
 
 
 def test_a_record_that_is_complete_is_only_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from benchmarks.record import (
+    alone,
+    check_settings,
     last_level_cache,
     machine_sentence,
     make_record,
@@ -61,3 +65,30 @@ def test_bandwidth_counts_the_bytes_that_were_read() -> None:
 def test_paths_of_this_machine_stay_here() -> None:
     record = make_record("serving", ["demo/model", "--gguf", "/home/me/model.gguf"], [], {})
     assert record["command"] == "python -m benchmarks serving demo/model --gguf model.gguf"
+
+
+def test_rows_of_other_settings_are_not_gone_on_with(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    check_settings(file, "pst", {"epochs": 3.0})
+    write_record(file, make_record("pst", [], [], {}, settings={"epochs": 1.0, "examples": None}))
+    check_settings(file, "pst", {"epochs": 1.0, "examples": None, "test": 5})
+    with pytest.raises(ValueError, match=r"r\.json holds rows made with epochs 1\.0; give another file"):
+        check_settings(file, "pst", {"epochs": 3.0, "examples": None})
+
+
+def test_two_writers_take_turns(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    order: list[str] = []
+
+    def second() -> None:
+        with alone(file):
+            order.append("second")
+
+    with alone(file):
+        other = threading.Thread(target=second)
+        other.start()
+        time.sleep(0.1)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
+    assert list(tmp_path.iterdir()) == []

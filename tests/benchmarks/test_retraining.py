@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks import retraining, training_cost
 from benchmarks.last_word import Item, _pairs, accuracy
+from benchmarks.retraining import check_recipe, digest
 from benchmarks.retraining_arms import BUDGETS, Arm, ablation_arms, arms_of, one_shot_arms, packing, published
 from compressor import data
 from compressor.models import load_model
@@ -177,6 +178,14 @@ def test_a_row_that_fails_to_be_measured_can_be_tried_again(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="no room"):
         retraining.fill(rows, [Arm("a", "m", 10, {})], bench, lambda: None)  # type: ignore[arg-type]
     assert "last_word_accuracy" not in rows[0]
+
+
+def test_a_row_of_another_recipe_is_not_taken_for_the_arms() -> None:
+    arm, other = arms_of("0.1M")[:2]
+    check_recipe([{"arm": arm.label}, {"arm": other.label, "recipe": "0"}], arm)
+    check_recipe([{"arm": arm.label, "recipe": digest(arm)}], arm)
+    with pytest.raises(ValueError, match="was made by another recipe"):
+        check_recipe([{"arm": arm.label, "recipe": digest(other)}], arm)
 
 
 def test_packing_trains_nothing() -> None:

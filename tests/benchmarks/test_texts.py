@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.texts import bos, plain_wikitext, read_windows
+from benchmarks.last_word import last_word_items
+from benchmarks.texts import plain_wikitext, read_windows
+from compressor import data
 from compressor.models import load_tokenizer
 
 
@@ -46,22 +48,41 @@ class _Opening:
     def __init__(self, folder: Path) -> None:
         self.inner = load_tokenizer(folder)
 
-    def __call__(self, text: str, add_special_tokens: bool = True, **options: object) -> object:
-        encoded = self.inner(text, **options)
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True, **options: object) -> object:
+        encoded = self.inner(text, add_special_tokens=False, **options)
         if add_special_tokens:
-            encoded["input_ids"] = [self.bos_token_id, *encoded["input_ids"]]
+            many = isinstance(text, list)
+            opened = [[self.bos_token_id, *ids] for ids in (encoded["input_ids"] if many else [encoded["input_ids"]])]
+            encoded["input_ids"] = opened if many else opened[0]
         return encoded
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self.inner.eos_token_id
 
 
 def test_a_tokenizer_that_writes_bos_opens_every_window(tiny_llama: Path, tmp_path: Path) -> None:
     tokenizer = _Opening(tiny_llama)
-    assert bos(tokenizer) == [256]
     file = tmp_path / "text.txt"
     file.write_text("0123456789" * 4)
     windows = read_windows(str(file), tokenizer, window=11, max_tokens=None, wikitext=False)
     assert windows.tokens.shape == (4, 11)
     assert windows.tokens[:, 0].eq(256).all()
     assert windows.tokens[0, 1:].equal(windows.tokens[3, 1:])
+
+
+def test_held_out_text_is_opened_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = "The miller walked to the old bridge and sang of the miller who had built it. "
+    document = sentence * 6 + "Nobody in the whole valley had ever seen the bridge before that day of the miller."
+    monkeypatch.setitem(data.NAMED, "heldout", lambda: ([document], "none"))
+    tokenizer = _Opening(tiny_llama)
+    windows = read_windows("heldout", tokenizer, window=33, max_tokens=None, wikitext=False)
+    assert windows.opened_by_bos
+    assert windows.tokens.eq(256).sum(dim=1).eq(1).all()
+    assert windows.tokens[:, 0].eq(256).all()
+    items = last_word_items(tokenizer, 10)
+    assert items
+    assert all(item.context[0] == 256 and 256 not in item.context[1:] + item.word for item in items)
 
 
 def test_missing_and_short_texts_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, copy_companions, write_manifest
 from compressor.cli import main
+from compressor.inspection import verify
 from compressor.output import OutputFolder
 
 LINEAR = "model.layers.0.mlp.up_proj"  # in int4, whose scales may be negative
@@ -63,6 +65,23 @@ def test_a_flipped_bit_is_found(copy: Path) -> None:
     weights.write_bytes(bytes(data))
     with pytest.raises(CheckpointError, match=r"model\.safetensors does not match its SHA-256"):
         Checkpoint.open(copy)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not match its SHA-256"):
+        verify(copy)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_verify_finds_what_is_not_finite(copy: Path, name: str, value: float) -> None:
+    edit_tensors(copy, lambda tensors: tensors[name][3:4].fill_(value))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} holds NaN or infinity"):
+        verify(copy)
+
+
+def test_verify_finds_positions_that_are_no_two_of_four(copy: Path) -> None:
+    """A third value in a group has no place in the format."""
+    edit_tensors(copy, lambda tensors: tensors[f"{LINEAR}.weight_meta"].view(-1)[-1:].fill_(0x45))
+    with pytest.raises(CheckpointError, match=f"{LINEAR}.*two ascending slots of four"):
+        verify(copy)
 
 
 def test_a_truncated_shard_is_found(copy: Path) -> None:

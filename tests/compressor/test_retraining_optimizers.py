@@ -175,6 +175,26 @@ def test_the_kernel_does_what_torch_does_in_any_size_and_dtype(form: str, monkey
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("form", optimizers.FORMS)
+def test_a_step_is_the_same_bits_for_any_number_of_threads(form: str) -> None:
+    """A size that threads would not cut at a whole register: what is left of one is rounded otherwise."""
+    threads, found = torch.get_num_threads(), []
+    settings = AdamSettings(weight_decay=0.1, form=form)
+    try:
+        for number in (1, 2, 3, 5, 7):
+            torch.set_num_threads(number)
+            torch.manual_seed(0)
+            entry = entry_of(settings, nn.Linear(1004, 301, bias=False))
+            for step in range(1, 9):
+                entry.gradient = torch.randn(301, 1004, generator=torch.Generator().manual_seed(step))
+                adam_step(entry, settings, step=step, rate=1e-3, decay=0.3)
+            found.append((entry.master.clone(), entry.momentum.clone(), entry.variance.clone()))
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_is_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
     x = torch.randn(333, 1001).to(dtype)

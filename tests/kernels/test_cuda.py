@@ -231,11 +231,26 @@ def test_without_triton_weights_are_unpacked(monkeypatch: pytest.MonkeyPatch) ->
     assert choose("sparse24_int4", HOPPER, 4096, 4096, 128, torch.bfloat16) == "unpack"
 
 
-def test_bytes_of_the_triton_kernel_are_those_stored() -> None:
-    """The kernel reads the stored tensors once: 3.125 bits a weight at group 128, 5.12 times fewer than bf16."""
-    bits = make_format(Scheme("sparse24_int4", 128)).bits_per_weight(4096, 4096)
-    assert bits == 3.125
-    assert 16 / bits == pytest.approx(5.12)
+def test_the_triton_kernel_is_given_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other layout and no copy: 3.125 bits a weight at group 128, 5.12 times fewer than bf16."""
+    given: list[object] = []
+
+    def multiply(x: Tensor, *weight: object) -> Tensor:
+        given.extend(weight)
+        return x
+
+    monkeypatch.setattr("compressor.kernels.cuda.has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
+    monkeypatch.setattr(cuda, "sparse24_int4", SimpleNamespace(linear=multiply), raising=False)
+    _, stored = packed("sparse24_int4", 128)
+    prepared = cuda.prepare("sparse24_int4", stored, (64, 256), 128)
+    cuda.linear("sparse24_int4", torch.ones(3, 256, dtype=torch.bfloat16), prepared, 128)
+    *tensors, group = given
+    assert group == 128
+    assert [id(tensor) for tensor in tensors] == [
+        id(stored[name]) for name in ("weight_packed", "weight_meta", "weight_scale")
+    ]
+    assert 8 * sum(tensor.nbytes for tensor in stored.values()) == 3.125 * 64 * 256
 
 
 @pytest.fixture

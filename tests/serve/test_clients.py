@@ -1,7 +1,7 @@
 """The clients that people use, each in its own words, against a running server.
 
-They live in environments of their own, `HALFWEIGHT_CLIENTS` and `HALFWEIGHT_LM_EVAL` or others in the cache folder that
-the first run makes. `HALFWEIGHT_ZERO_SHOT` may be a folder with a `copa.jsonl` to evaluate on.
+They live in environments of their own, `HALFWEIGHT_CLIENTS` and `HALFWEIGHT_LM_EVAL` or others in the user's cache
+folder that the first run makes. `HALFWEIGHT_ZERO_SHOT` may be a folder with a `copa.jsonl` to evaluate on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tests.serve.test_server import server
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 PACKAGES = ("openai>=2.20,<3", "langchain-openai>=1.0", "litellm>=1.70", "llm>=0.26", "schemathesis>=4.0")
+CACHE = cache_folder()  # the user's: at import the tests have none of their own yet
 LM_EVAL = ("lm-eval[api]>=0.4.9,<0.5", "transformers>=5.0")
 TASK = """
 task: choices
@@ -58,7 +59,7 @@ assert "".join(part.choices[0].delta.content or "" for part in parts) == (answer
 
 def environment(variable: str, packages: tuple[str, ...]) -> Path:
     """The folder of the commands of an environment, made if need be."""
-    folder = Path(os.environ.get(variable) or cache_folder() / variable.removeprefix("HALFWEIGHT_").lower())
+    folder = Path(os.environ.get(variable) or CACHE / variable.removeprefix("HALFWEIGHT_").lower())
     if not (folder / ".ready").is_file():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([folder / "bin/python", "-m", "pip", "install", "-q", *packages], check=True)

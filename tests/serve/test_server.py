@@ -78,6 +78,12 @@ def gauge(url: str, name: str) -> float:
     return float(value)
 
 
+def aborted(url: str) -> float:
+    text = httpx.get(f"{url}/metrics").text
+    [value] = re.findall(r'^vllm:request_success_total{.*"abort"} (\S+)$', text, re.MULTILINE)
+    return float(value)
+
+
 def eventually(check: Callable[[], bool], seconds: float = 5.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -129,10 +135,12 @@ def test_openai_client_sees_errors_as_its_own(url: str) -> None:
 
 def test_hanging_up_frees_the_request(url: str) -> None:
     body = {"messages": MESSAGES, "max_tokens": 480, "ignore_eos": True}
-    for stream in (True, False):
+    before = aborted(url)
+    for count, stream in enumerate((True, False), start=1):
         with raw_request(url, body | {"stream": stream}):
             assert eventually(lambda: gauge(url, "vllm:num_requests_running") == 1)
-        assert eventually(lambda: gauge(url, "vllm:num_requests_running") == 0, seconds=1)
+        assert eventually(lambda: gauge(url, "vllm:num_requests_running") == 0)
+        assert eventually(lambda done=before + count: aborted(url) == done)  # rather than finished
         assert gauge(url, "halfweight:kv_blocks_used") == 0
 
 
@@ -158,9 +166,10 @@ def test_slow_heads_do_not_hinder_others(url: str) -> None:
     try:
         for connection in connections:
             connection.sendall(b"GET /health HTTP/1.1\r\nX-Slow: ")
-        began = time.monotonic()
-        assert httpx.get(f"{url}/health").status_code == 200
-        assert time.monotonic() - began < 1
+        assert httpx.get(f"{url}/health", timeout=15).status_code == 200
+        connections[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):  # the slow are waited for still
+            connections[-1].recv(10)
         connections[0].settimeout(15)
         assert connections[0].recv(10) == b""
     finally:
@@ -275,7 +284,7 @@ def test_clients_that_do_not_read_lose_their_connection(tiny_folder: Folder) -> 
                 assert connection.recv(12) == b"HTTP/1.1 200"
                 assert eventually(lambda: len(connections("tcp")) == 1, seconds=20), connections("tcp")
                 assert httpx.get(f"{url}/health").status_code == 200
-                assert eventually(lambda: gauge(url, "halfweight:kv_blocks_used") == 0, seconds=1)
+                assert eventually(lambda: gauge(url, "halfweight:kv_blocks_used") == 0)
 
 
 def test_sigterm_lets_slow_clients_read_whole_answers(tiny_folder: Folder) -> None:
@@ -386,12 +395,26 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_help_is_quick() -> None:
-    began = time.monotonic()
+def child_seconds() -> float:
+    """What child processes that have ended took of a processor; a clock runs on while others have it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.fixture(scope="module")
+def import_seconds() -> float:
+    """What the import of torch takes of a processor."""
+    before = child_seconds()
+    subprocess.run([sys.executable, "-c", "from serve.quick_torch import import_torch; import_torch()"], check=True)
+    return child_seconds() - before
+
+
+def test_help_is_quick(import_seconds: float) -> None:
+    before = child_seconds()
     result = run("--help")
     assert result.returncode == 0
     assert "--max-model-len" in result.stdout
-    assert time.monotonic() - began < 1.0
+    assert child_seconds() - before < import_seconds / 2
 
 
 def test_check_generates_a_token(tiny_folder: Folder) -> None:
@@ -442,12 +465,12 @@ def test_mistakes_get_one_line(tiny_folder: Folder, tmp_path: Path, arguments: t
     assert "Traceback" not in result.stderr
 
 
-def test_port_in_use_is_said_before_anything_is_loaded(tiny_folder: Folder) -> None:
+def test_port_in_use_is_said_before_anything_is_loaded(tiny_folder: Folder, import_seconds: float) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        began = time.monotonic()
+        before = child_seconds()
         result = run(str(tiny_folder("llama")), "--port", str(taken.getsockname()[1]))
     assert result.returncode == 2
     assert "cannot listen" in result.stderr
-    assert time.monotonic() - began < 1.0
+    assert child_seconds() - before < import_seconds / 2

@@ -34,9 +34,10 @@ Attention attention_over(const Tensor& keys, const Tensor& values, int64_t heads
   const CacheRow row = row_of(keys, dim);
   for (const Tensor* t : {&tables, &starts, &lengths})
     if (t->type() != Type::i32) fail("block_tables, query_start and context_lens must be int32");
-  if (dim % 16 || dim > 512 || keys.size(2) < 1 || heads % keys.size(2))
+  if (dim % 16 || dim > 512 || keys.size(2) < 1 || heads < 1 || heads % keys.size(2))
     fail("query must be [T, H, D] with the caches' D, a multiple of 16 up to 512, and H a multiple of Hkv");
   if (heads / keys.size(2) > kAttentionRows) fail("at most %d query heads can share a kv head", kAttentionRows);
+  if (keys.size(1) < 1) fail("the caches have blocks of no tokens");
   if (tables.dim() != 2 || starts.numel() != tables.size(0) + 1 || lengths.numel() != tables.size(0))
     fail("block_tables is [S, blocks], query_start [S + 1], context_lens [S]");
   return {nullptr, static_cast<const char*>(keys.data()), static_cast<const char*>(values.data()),

@@ -11,7 +11,7 @@ const char* parse(const uint8_t* blob, size_t bytes, Weight* w) {
   if (h.magic != kMagic || h.version != 1) return "not a prepared weight of this version; prepare it again";
   if (h.format < Format::sparse24_int4 || h.format > Format::dense) return "the prepared weight has an unknown format";
   if (h.half != Half::bf16 && h.half != Half::fp16) return "the prepared weight has an unknown scale dtype";
-  if (h.out_features < 0 || h.in_features < 0 || h.in_padded < h.in_features || h.in_padded % kChunk != 0 ||
+  if (h.out_features < 0 || h.in_features < 1 || h.in_padded < h.in_features || h.in_padded % kChunk != 0 ||
       h.in_padded > (1 << 24) || h.out_features > (1 << 28) || h.segment < 0)
     return "the prepared weight has impossible sizes";
   if (h.group < 0 || h.group % kChunk != 0 || h.group > 16384 || (h.group == 0 && h.in_padded % 64 != 0) || (h.group > 0 && h.in_padded % h.group != 0))

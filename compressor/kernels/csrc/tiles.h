@@ -208,6 +208,7 @@ void configure_tiles(int columns) {
 // sums[token tile][block] (int32 [16][16] each) = activations x weights over columns [begin, end).
 template <int tokens, int blocks>
 HW_INLINE void multiply(const int8_t* x, int64_t token_tile, const uint8_t* w, int64_t block_bytes, int begin, int end, int columns, int32_t* sums) {
+  written();
   _tile_zero(0);
   if constexpr (blocks == 2) _tile_zero(1);
   if constexpr (tokens == 2) _tile_zero(2);

@@ -197,6 +197,7 @@ void* Tensor::data() const {
   return data;
 }
 Tensor Tensor::empty(const int64_t* sizes, int dim, Type type) {
+  if (type == Type::other) fail("a tensor of this dtype cannot be made here");
   if (dim > 16) fail("a tensor of rank %d; at most 16 is accepted", dim);
   int64_t strides[16], stride = 1;
   for (int i = dim - 1; i >= 0; --i) {

@@ -116,7 +116,7 @@ void distil(const Distillation& d, int64_t row, float* memory) {
   const bool plain = d.temperature == 1;
   float* __restrict q1 = memory;
   float* __restrict p = memory + n;
-  float* __restrict q = plain ? q1 : memory + 2 * n;
+  float* q = plain ? q1 : memory + 2 * n;
   load_row(d.student, d.student_dtype, row * columns, columns, q1);
   for (int i = columns; i < n; ++i) q1[i] = kFill;
   const float label = q1[d.labels[row]], top = largest_of(q1, n);

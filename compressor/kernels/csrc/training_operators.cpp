@@ -48,7 +48,11 @@ void adam_step(Value* stack, uint64_t, uint64_t) {
   float* const numbers[] = {&a.scale, &a.rate, &a.beta1, &a.beta2, &a.eps, &a.weight_decay, &a.mask_decay, &a.correction1, &a.correction2};
   for (int i = 0; i < 9; ++i) *numbers[i] = static_cast<float>(take<double>(stack[9 + i]));
   a.decoupled = take<bool>(stack[18]), a.prunes = take<bool>(stack[19]);
-  parallel(0, count, kGrain, [&](int64_t begin, int64_t end) { kernels().adam(a, begin, end - begin); });
+  // In pieces that do not depend on the threads: what is left of one is rounded otherwise than whole registers.
+  parallel(0, (count + kGrain - 1) / kGrain, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kGrain; first < end * kGrain && first < count; first += kGrain)
+      kernels().adam(a, first, count - first < kGrain ? count - first : kGrain);
+  });
 }
 
 void refresh(Value* stack, uint64_t, uint64_t) {
@@ -56,7 +60,8 @@ void refresh(Value* stack, uint64_t, uint64_t) {
   const int64_t count = master.numel();
   MaskRefresh r{};
   r.master = floats_of(master, count, "master");
-  if (count % 4) fail("the master has %lld values; 2:4 needs whole groups of four", static_cast<long long>(count));
+  const int64_t columns = master.dim() > 0 ? master.size(master.dim() - 1) : 0;
+  if (columns % 4) fail("the master has rows of %lld values; 2:4 needs whole groups of four", static_cast<long long>(columns));
   r.mask = mask_of(mask, count);
   if (visible.defined()) r.visible = visible_of(visible, count), r.visible_dtype = visible.dtype("visible");
   const int64_t pieces = (count + kGrain - 1) / kGrain;

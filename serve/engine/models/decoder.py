@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.kernels.attention import takes
 from serve.engine import ops
 from serve.engine.models.config import ModelConfig
 from serve.engine.models.linears import KernelLinear
@@ -150,7 +151,9 @@ class FusedLayers:
     def of(cls, config: ModelConfig, layers: list[DecoderLayer], dtype: torch.dtype) -> FusedLayers | None:
         """None where the operator does not know these layers: another norm, a plain linear, layers that differ."""
         parts = [layer.parts() for layer in layers]
-        if config.rope is None or config.head_dim % 16 or dtype != torch.bfloat16:
+        if config.rope is None or dtype != torch.bfloat16:
+            return None
+        if not takes(config.num_heads, config.num_kv_heads, config.head_dim):
             return None
         if not parts or any(part is None for part in parts):
             return None
