@@ -16,7 +16,7 @@ from benchmarks.table import gain_text, labels, markdown, notes, print_table, ra
 
 _CARDS = ("disk_bytes", "weight_bytes", "decode_tokens_per_s", "prefill_tokens_per_s", "perplexity")
 _BARS = (
-    *("disk_bytes", "weight_bytes", "peak_rss_bytes"),
+    *("disk_bytes", "weight_bytes", "rss_loaded_bytes", "peak_rss_bytes"),
     *("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_seconds"),
 )
 
@@ -141,7 +141,7 @@ def limits(record: Mapping[str, Any]) -> list[str]:
     found = [
         "Speed and memory hold for this machine, this model and batch 1; another machine has other ratios. "
         "Run the command below on yours.",
-        "Peak RSS is the whole process: Python, torch, the weights, the pages of the cache that were used.",
+        "RSS is the whole process: Python, torch, the weights; at its peak the pages of the file that is read too.",
         f"Perplexity is one measure on one text ({rows['perplexity']['note']}); it does not say how answers read.",
     ]
     if record["models"][0]["source"]:

@@ -14,6 +14,7 @@ from benchmarks.record import machine_sentence
 _WORDS = {
     "disk_bytes": ("smaller", "larger"),
     "weight_bytes": ("smaller", "larger"),
+    "rss_loaded_bytes": ("smaller", "larger"),
     "peak_rss_bytes": ("smaller", "larger"),
     "prefill_tokens_per_s": ("faster", "slower"),
     "decode_tokens_per_s": ("faster", "slower"),

@@ -27,6 +27,7 @@ def _speed(weight: float, decode: float, first: float) -> list[dict[str, Any]]:
         {
             "weight_bytes": weight,
             "peak_rss_bytes": weight + 3e8,
+            "rss_loaded_bytes": weight + 2e8,
             "prefill_tokens_per_s": 500.0,
             "decode_tokens_per_s": decode + jitter,
             "ttft_seconds": first,

@@ -26,14 +26,14 @@ def test_page_shows_every_figure_and_what_became_worse(record: dict[str, Any]) -
         assert shown in text
     assert "Worse than dense: time to first token, perplexity." in text
     assert "&lt;model&gt;.gguf, dequantised to bf16" in text
-    assert text.count("<svg") == 9
+    assert text.count("<svg") == 10
 
 
 def test_page_without_retraining_has_no_curve(record: dict[str, Any]) -> None:
     record["training"] = []
     record["models"][-1]["recipe"] = None
     text = page(record)
-    assert text.count("<svg") == 7
+    assert text.count("<svg") == 8
     assert "Recipe of" not in text
 
 
