@@ -62,7 +62,7 @@ def page(record: Mapping[str, Any]) -> str:
         title=_title(record),
         cards=[_card(rows[key], names) for key in _CARDS],
         table=[_table_row(row, names) for row in record["rows"]],
-        bars=[(rows[key], _bars(rows[key], names)) for key in _BARS],
+        bars=[(rows[key], _bars(rows[key], names)) for key in _BARS if key in rows],
         perplexity=(rows["perplexity"], _bars(rows["perplexity"], names)),
         curves=_curves(record["training"]),
         machine=machine_sentence(record),
