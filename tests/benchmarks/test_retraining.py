@@ -166,9 +166,11 @@ def test_the_table_is_filled_side_by_side_and_the_best_setting_is_measured(tmp_p
 def test_a_row_recorded_on_another_machine_is_made_again_to_be_measured(tmp_path: Path) -> None:
     table = [Arm("a", "m", 10, {}), Arm("b", "m", 10, {})]
     bench = Stub(tmp_path, {"a": 2.0, "b": 1.0})
-    rows = [{"arm": "b", "method": "m", "tokens": 10, "validation_loss_retrained": 1.0}]
+    rows = [{"arm": "b", "method": "m", "tokens": 10, "validation_loss_retrained": 0.5}]
     retraining.fill(rows, table, bench, lambda: None)  # type: ignore[arg-type]
     assert sorted(bench.calls) == ["made a", "made b", "measured b"]
+    assert rows[0]["validation_loss_retrained"] == 0.5, "it was chosen by that"
+    assert rows[0]["made_again"]["validation_loss_retrained"] == 1.0  # type: ignore[index]
 
 
 def test_a_row_that_fails_to_be_measured_can_be_tried_again(tmp_path: Path) -> None:
