@@ -152,7 +152,6 @@ struct KeyBlock {
   int first = 0;
   alignas(64) float key_factors[kKeys], value_factors[kKeys];
 };
-constexpr float kSlack = 8;  // how far a score may pass `largest`, as a power of two, before all is taken relative to it
 
 // Turns the scores of a tile of rows into bf16 weights of the running softmax. masked: not all keys count for all rows.
 template <bool scaled, bool masked>
@@ -171,7 +170,7 @@ HW_INLINE void weigh_tile(const TileWorkspace& w, int tile, const KeyBlock& bloc
   const Float found = Simd::fmax(Simd::fmax(most[0], most[1]), Simd::fmax(most[2], most[3]));
   Float largest = Simd::fload(state.largest), total = Simd::fload(state.total);
   const Float factors = Simd::fset1(factor), least = Simd::fset1(-150);
-  const __mmask16 grown = _mm512_cmp_ps_mask(Simd::mul(Simd::fsub(found, largest), factors), Simd::fset1(kSlack), _CMP_GT_OQ);
+  const __mmask16 grown = _mm512_cmp_ps_mask(found, largest, _CMP_GT_OQ);
   if (grown) {
     const Float before = largest, one = Simd::fset1(1);
     largest = _mm512_mask_mov_ps(largest, grown, found);
@@ -265,7 +264,8 @@ template <class Row> void attend_tiles_of(const Attention& a, const AttentionPar
 
 void attend_tiles(const Attention& a, const AttentionPart& part, const AttentionPart* next, float* memory, float* sums, float* largest, float* total) {
   const int rows = part.count * (a.heads / a.kv_heads);
-  if (rows <= kFewRows || a.dtype != Dtype::bf16 || a.dim % kSlab != 0) return attend(a, part, next, memory, sums, largest, total);
+  const bool plain = a.dtype == Dtype::bf16 && a.dim % kSlab == 0 && a.scale > 0;  // the largest score is the largest weight
+  if (rows <= kFewRows || !plain) return attend(a, part, next, memory, sums, largest, total);
   const auto run = a.row == CacheRow::bf16 ? attend_tiles_of<PlainRow> : a.row == CacheRow::int8 ? attend_tiles_of<ScaledRow> : attend_tiles_of<Fp8Row>;
   run(a, part, memory, sums, largest, total);
 }
