@@ -22,16 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.pst_arms import DISTILLED, METHODS, PATTERNS, SCORES, WRITING, PstArm, arms, as_chosen, grid
-from benchmarks.record import (
-    alone,
-    check_settings,
-    make_record,
-    parser,
-    recorded_rows,
-    stamp,
-    take_in_recorded,
-    write_record,
-)
+from benchmarks.record import check_settings, parser, recorded_rows, stamp, update_record
 
 _QUICK_EXAMPLES = 256
 _WRITING_EXAMPLES, _WRITING_EPOCHS = 2000, 3.0
@@ -84,9 +75,7 @@ _STARTED = time.monotonic()
 
 def _write(options: Any, argv: Sequence[str], rows: list[dict[str, Any]]) -> None:
     if options.json:
-        with alone(options.json):
-            take_in_recorded(rows, options.json, "pst")
-            write_record(options.json, make_record("pst", argv, rows, headline(rows), settings=_settings(options)))
+        update_record(options.json, "pst", argv, rows, headline, _settings(options))
 
 
 def _settings(options: Any) -> dict[str, Any]:

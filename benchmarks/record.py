@@ -16,7 +16,7 @@ import platform
 import shlex
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -103,6 +103,20 @@ def recorded_rows(path: Path | None, name: str) -> list[dict[str, Any]]:
     return read_record(path, name)["rows"] if path and path.is_file() else []
 
 
+def update_record(
+    path: Path,
+    name: str,
+    argv: Sequence[str],
+    rows: list[dict[str, Any]],
+    headline: Callable[[Sequence[dict[str, Any]]], Mapping[str, float]],
+    settings: Mapping[str, Any],
+) -> None:
+    """Writes the record of a run with what other runs have written to it meanwhile, which `rows` gets too."""
+    with alone(path):
+        take_in_recorded(rows, path, name)
+        write_record(path, make_record(name, argv, rows, headline(rows), settings=settings))
+
+
 def take_in_recorded(rows: list[dict[str, Any]], path: Path, name: str) -> None:
     """Adds to `rows` what another run has written to the record meanwhile: whole rows, and figures that ours lack."""
     known = {row["arm"]: row for row in rows}
@@ -116,11 +130,8 @@ def take_in_recorded(rows: list[dict[str, Any]], path: Path, name: str) -> None:
 
 
 @contextmanager
-def alone(path: Path | None) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """Inside, no other process that asks too writes the record: from its reading to its replacement."""
-    if path is None:
-        yield
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -23,16 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import (
-    alone,
-    check_settings,
-    make_record,
-    parser,
-    recorded_rows,
-    stamp,
-    take_in_recorded,
-    write_record,
-)
+from benchmarks.record import check_settings, parser, recorded_rows, stamp, update_record
 from benchmarks.retraining_arms import BUDGETS, Arm, ablation_arms, arms_of, one_shot_arms
 from benchmarks.zero_shot import check_tasks
 
@@ -145,11 +136,7 @@ def _settings(options: Any) -> dict[str, Any]:
 
 def _write(options: Any, argv: Sequence[str], rows: list[dict[str, Any]]) -> None:
     if options.json:
-        with alone(options.json):
-            take_in_recorded(rows, options.json, "retraining")
-            write_record(
-                options.json, make_record("retraining", argv, rows, headline(rows), settings=_settings(options))
-            )
+        update_record(options.json, "retraining", argv, rows, headline, _settings(options))
 
 
 class Bench:
